@@ -1,0 +1,269 @@
+"""The decoupled style cross-attention (StyleMaster, sec. 3.2): the one place where its mathematics lives.
+
+In every block of the video transformer the style tokens get keys and values of their own beside those
+of the text, and share the text's query and output projection:
+
+    out = o(attend(q, k_text, v_text) + attend(q, norm(k_img(style)), v_img(style)))
+
+Keys and values depend on the style alone, so `StyleAttention` makes them once for a whole generation
+(`StyleKV`), and a block only ever sees plain tensors (`BlockStyle`). Both hosts, diffusers' Wan
+and ComfyUI's native Wan, call `style_residual`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import ConfigError, LayoutError
+
+NORM_K_IMG_EPS = 1e-5  # every other norm of the transformer has 1e-6
+
+
+@dataclass(frozen=True)
+class StyleRegion:
+    """A style and where, when and how strongly it acts.
+
+    Attributes:
+        tokens: [B or 1, S, Ds] style tokens.
+        scale: strength of the whole style branch; 0 disables it, 1 is the trained value.
+        block_scales: strength per transformer block, multiplied with `scale`; None for 1 everywhere.
+        mask: None (everywhere), [h, w] or [t, h, w] in 0..1 of any resolution; resized to the token grid.
+        start: first part of the sampling, 0..1, in which the style acts.
+        end: last part of the sampling, inclusive.
+    """
+
+    tokens: Tensor
+    scale: float = 1.0
+    block_scales: Sequence[float] | None = None
+    mask: Tensor | None = None
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3:
+            raise LayoutError(f"style tokens must be [B, S, D], got {list(self.tokens.shape)}")
+        if not torch.isfinite(self.tokens).all():
+            raise LayoutError("the style tokens hold NaN or infinity; encode the style image again")
+        if not 0.0 <= self.start <= self.end <= 1.0:
+            raise ConfigError(
+                f"a style's range must satisfy 0 <= start <= end <= 1, got {self.start} to {self.end}"
+            )
+        if self.mask is not None and self.mask.ndim not in (2, 3):
+            raise LayoutError(
+                f"a style mask must be [h, w] or [t, h, w], got {list(self.mask.shape)}"
+            )
+
+
+class StyleKV(NamedTuple):
+    """Keys and values of one style for all blocks, strength folded into the values."""
+
+    keys: Tensor  # [blocks, B, S, D]
+    values: Tensor  # [blocks, B, S, D]
+
+
+class BlockStyle(NamedTuple):
+    """What one block adds to its text attention.
+
+    The last rows of the batch (as many as the keys have) are styled, the rows before them are "no
+    style". Masks are [1 or B, L, 1]; without masks a single region covers everything.
+    """
+
+    keys: tuple[Tensor, ...]  # per region [B, S, D]
+    values: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]  # empty, or one per region and one for what no region covers
+    no_style: Tensor | None  # [D]; None: rows without style get nothing at all
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:
+    """Multi-head attention without a mask: [B, L, D] x [B, S, D] -> [B, L, D]."""
+    query, keys, values = (
+        rearrange(x, "b l (n d) -> b n l d", n=num_heads) for x in (query, keys, values)
+    )
+    return rearrange(F.scaled_dot_product_attention(query, keys, values), "b n l d -> b l (n d)")
+
+
+def style_residual(query: Tensor, style: BlockStyle, num_heads: int) -> Tensor:
+    """Attend from video tokens to style tokens; to be added to the text attention before `o`.
+
+    Args:
+        query: [B, L, D] normalised query, the same that attends to the text.
+        style: keys and values of this block; see `BlockStyle` for the order of rows.
+        num_heads: heads of the attention.
+
+    Returns:
+        [B, L or 1, D] residual, not yet added.
+
+    Source: StyleMaster, sec. 3.2. Deviation: none for one style without a mask; masks are ours.
+    """
+    num_styled = style.keys[0].shape[0] if style.keys else 0
+    num_plain = query.shape[0] - num_styled
+    rows = []
+    if num_plain:
+        nothing = query.new_zeros(1) if style.no_style is None else style.no_style
+        rows.append(nothing.expand(num_plain, query.shape[1] if num_styled else 1, query.shape[-1]))
+    if num_styled:
+        styled_query = query[num_plain:]
+        parts = [
+            attend(styled_query, k, v, num_heads)
+            for k, v in zip(style.keys, style.values, strict=True)
+        ]
+        if style.masks:
+            parts = [part * mask for part, mask in zip(parts, style.masks, strict=False)]
+            if style.no_style is not None:
+                parts.append(style.masks[-1] * style.no_style)
+        rows.append(sum(parts[1:], parts[0]))
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def region_masks(regions: Sequence[StyleRegion], grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    """Masks of all regions on the token grid, and that of the rest, flattened to tokens.
+
+    Where masks overlap and sum to more than 1 they are scaled to sum to 1; where they sum to less, the
+    rest is "no style".
+
+    Args:
+        regions: styles; a mask of None covers everything.
+        grid: (t, h, w) tokens of the video.
+
+    Returns:
+        empty if no region has a mask, else len(regions) + 1 tensors [1, t * h * w, 1], float32.
+    """
+    if all(region.mask is None for region in regions):
+        if len(regions) > 1:
+            raise ConfigError(
+                f"{len(regions)} styles without masks would all cover everything; "
+                "blend them into one style, or give each a mask"
+            )
+        return ()
+    masks = torch.cat([_token_mask(region.mask, grid) for region in regions])
+    total = masks.sum(0, keepdim=True)
+    masks = torch.cat([masks / total.clamp(min=1), (1 - total).clamp(min=0)])
+    return tuple(masks.unflatten(0, (-1, 1)).unsqueeze(-1))
+
+
+def _token_mask(mask: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
+    """[1, t * h * w] in 0..1."""
+    if mask is None:
+        return torch.ones(1, grid[0] * grid[1] * grid[2])
+    mask = mask.detach().float().cpu()
+    if not (torch.isfinite(mask).all() and mask.min() >= 0 and mask.max() <= 1):
+        raise LayoutError("a style mask must hold numbers in 0..1")
+    mask = mask if mask.ndim == 3 else mask[None]
+    return F.interpolate(mask[None, None], grid, mode="area").flatten(1)
+
+
+class StyleProjection(nn.Module):
+    """k_img, v_img and norm_k_img of one block (names of the release)."""
+
+    def __init__(self, style_width: int, width: int) -> None:
+        super().__init__()
+        self.k_img = nn.Linear(style_width, width)
+        self.v_img = nn.Linear(style_width, width)
+        self.norm_k_img = nn.RMSNorm(width, eps=NORM_K_IMG_EPS)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm_k_img(self.k_img(tokens)), self.v_img(tokens)
+
+    @torch.no_grad()
+    def reset_for_training(self, generator: torch.Generator | None = None) -> None:
+        """v_img at 0 so that training starts from the base model, k_img random and norm_k_img at 1.
+
+        The release starts all three at 0, and then k_img and norm_k_img never receive a gradient.
+        """
+        nn.init.zeros_(self.v_img.weight)
+        nn.init.zeros_(self.v_img.bias)
+        nn.init.ones_(self.norm_k_img.weight)
+        std = self.k_img.in_features**-0.5
+        self.k_img.weight.normal_(0, std, generator=generator)
+        nn.init.zeros_(self.k_img.bias)
+
+
+class StyleAttention(nn.Module):
+    """The style branch of all blocks; makes `StyleKV` from style tokens, once per generation."""
+
+    def __init__(self, num_blocks: int, style_width: int, width: int) -> None:
+        super().__init__()
+        # ModuleDict, so that keys read blocks.N.cross_attn.k_img.weight as in the release.
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"cross_attn": StyleProjection(style_width, width)})
+            for _ in range(num_blocks)
+        )
+
+    @property
+    def style_width(self) -> int:
+        return self._block(0).k_img.in_features
+
+    def _block(self, index: int) -> StyleProjection:
+        block = self.blocks[index]["cross_attn"]  # type: ignore[index]
+        assert isinstance(block, StyleProjection)
+        return block
+
+    def block_scales(self, region: StyleRegion) -> list[float]:
+        """Strength of a region in each block."""
+        scales = region.block_scales
+        if scales is None:
+            scales = [1.0] * len(self.blocks)
+        if len(scales) != len(self.blocks):
+            raise ConfigError(
+                f"got {len(scales)} block scales, but the model has {len(self.blocks)} blocks"
+            )
+        return [region.scale * scale for scale in scales]
+
+    def forward(self, region: StyleRegion) -> StyleKV:
+        """Keys and values of a style, strength folded into the values (attention is linear in them).
+
+        Raises:
+            LayoutError: if the tokens are of another width than the adapter's.
+        """
+        weight = self._block(0).k_img.weight
+        if region.tokens.shape[-1] != weight.shape[1]:
+            raise LayoutError(
+                f"the style tokens are {region.tokens.shape[-1]} wide, this adapter takes "
+                f"{weight.shape[1]}; encode the style with the adapter that it is used with"
+            )
+        tokens = region.tokens.to(weight)
+        pairs = [self._block(i)(tokens) for i in range(len(self.blocks))]
+        scales = self.block_scales(region)
+        return StyleKV(
+            torch.stack([key for key, _ in pairs]),
+            torch.stack([value * scale for (_, value), scale in zip(pairs, scales, strict=True)]),
+        )
+
+    def no_style(self, regions: Sequence[StyleRegion]) -> Tensor:
+        """What "no style" (all-zero tokens) adds in each block: [blocks, D].
+
+        Zero tokens have equal keys, so attention is uniform and gives v_img's bias exactly. Strength
+        scales it like the style itself, so that strength 0 is the base model; of several regions the
+        strongest counts.
+        """
+        scales = zip(*(self.block_scales(region) for region in regions), strict=True)
+        return torch.stack(
+            [self._block(i).v_img.bias * max(scale) for i, scale in enumerate(scales)]
+        )
+
+
+def create_style_attention(state_dict: dict[str, Tensor]) -> StyleAttention | None:
+    """Build the style branch from keys `blocks.N.cross_attn.{k_img,v_img,norm_k_img}.*`; None if absent."""
+    weights = {k: v for k, v in state_dict.items() if "_img." in k}
+    if not weights:
+        return None
+    from ..weights.state_dict import check_keys
+
+    width, style_width = weights["blocks.0.cross_attn.k_img.weight"].shape
+    num_blocks = 1 + max(int(key.split(".")[1]) for key in weights)
+    with torch.device("meta"):
+        module = StyleAttention(num_blocks, style_width, width)
+    check_keys(
+        {k: tuple(v.shape) for k, v in weights.items()},
+        {k: tuple(v.shape) for k, v in module.state_dict().items()},
+        "style attention",
+    )
+    module.load_state_dict(weights, assign=True)
+    return module.requires_grad_(False).eval()

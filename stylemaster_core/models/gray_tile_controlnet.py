@@ -1,0 +1,258 @@
+"""The gray-tile ControlNet (StyleMaster, sec. 3.4): content guidance without colour.
+
+Copies of every second block run on the clean latents of the gray tile; zero-initialised 1 x 1 convolutions
+turn their states into residuals for the transformer. The network is one for both hosts: a host supplies
+its block class, its linear layers and its rotary embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import LayoutError, WeightsError
+from ..weights.state_dict import check_keys, native_block_key_to_diffusers, strip_prefix
+
+
+class WanHost(Protocol):
+    """What a host model contributes to the control network."""
+
+    def create_block(self, width: int, ffn_width: int, num_heads: int) -> nn.Module:
+        """A Wan block of the host."""
+        ...
+
+    def block_key(self, native_key: str) -> str:
+        """Name in the host's block of a weight that the release calls `native_key`."""
+        ...
+
+    def rotary(self, grid: tuple[int, int, int], head_width: int, like: Tensor) -> Any:
+        """Rotary embedding of a token grid, in the form that the host's blocks take."""
+        ...
+
+    def prepare_text(self, block: nn.Module, text_tokens: Tensor) -> Any:
+        """What the host's block needs of the embedded text."""
+        ...
+
+    def run_block(
+        self, block: nn.Module, hidden: Tensor, modulation: Tensor, rotary: Any, text: Any
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        ...
+
+
+class ControlText:
+    """The prompt, embedded and prepared for every control block; made once per generation."""
+
+    def __init__(self, per_block: list[Any]) -> None:
+        self.per_block = per_block
+
+
+class GrayTileControlNet(nn.Module):
+    """Control states from gray-tile latents, timestep and the POSITIVE prompt; never sees style or noise."""
+
+    def __init__(
+        self,
+        host: WanHost,
+        *,
+        width: int,
+        ffn_width: int,
+        num_heads: int,
+        num_blocks: int,
+        in_channels: int = 16,
+        text_width: int = 4096,
+        freq_width: int = 256,
+        operations: Any = nn,
+    ) -> None:
+        super().__init__()
+        self.host = host
+        self.num_heads = num_heads
+        self.freq_width = freq_width
+        self.patch_embedding = operations.Conv3d(in_channels, width, (1, 2, 2), stride=(1, 2, 2))
+        self.text_embedding = nn.Sequential(
+            operations.Linear(text_width, width),
+            nn.GELU(approximate="tanh"),
+            operations.Linear(width, width),
+        )
+        self.time_embedding = nn.Sequential(
+            operations.Linear(freq_width, width), nn.SiLU(), operations.Linear(width, width)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width))
+        self.control_blocks = nn.ModuleList(
+            host.create_block(width, ffn_width, num_heads) for _ in range(num_blocks)
+        )
+        self.zero_convs = nn.ModuleList(
+            operations.Conv1d(width, width, 1) for _ in range(num_blocks)
+        )
+
+    def prepare_text(self, text: Tensor, dtype: torch.dtype | None = None) -> ControlText:
+        """Embed text features [B, L, Dt] once per generation."""
+        width = self.text_embedding[0].in_features
+        if text.ndim != 3 or text.shape[-1] != width:
+            raise LayoutError(
+                f"text features must be [B, L, {width}] for this control network, got {list(text.shape)}"
+            )
+        tokens = self.text_embedding(text.to(dtype or self.text_embedding[0].weight.dtype))
+        return ControlText([self.host.prepare_text(block, tokens) for block in self.control_blocks])
+
+    def forward(
+        self,
+        control_latents: Tensor,
+        timestep: Tensor,
+        text: Tensor | ControlText,
+        dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
+        """Control states, one per control block.
+
+        Args:
+            control_latents: [B, 16, t, h, w] clean normalised latents of the gray tile.
+            timestep: [1] or [B] in 0..1000.
+            text: [B, L, Dt] features of the positive prompt, or what `prepare_text` made of them.
+            dtype: compute dtype, where it differs from the weights' (fp8 storage).
+
+        Returns:
+            list of [B, t * h/2 * w/2, D]; state i belongs after transformer block i * stride.
+
+        Source: StyleMaster, sec. 3.4 and its released code; deviation: none.
+        """
+        from .wan_transformer import sinusoidal_embedding
+
+        dtype = dtype or self.zero_convs[0].weight.dtype
+        shape = control_latents.shape
+        if len(shape) != 5 or shape[3] % 2 or shape[4] % 2 or 0 in shape:
+            raise LayoutError(
+                f"control latents must be [B, 16, t, h, w] with even h and w, got {list(shape)}"
+            )
+        text = text if isinstance(text, ControlText) else self.prepare_text(text, dtype)
+        x = self.patch_embedding(control_latents.to(dtype))
+        grid = (x.shape[2], x.shape[3], x.shape[4])
+        hidden = rearrange(x, "b d t h w -> b (t h w) d").contiguous()
+        wave = sinusoidal_embedding(timestep.to(hidden.device), self.freq_width)
+        time = self.time_projection(self.time_embedding(wave.to(dtype)))
+        modulation = rearrange(time, "b (six d) -> b six d", six=6)
+        rotary = self.host.rotary(grid, hidden.shape[-1] // self.num_heads, hidden)
+        states = []
+        for block, zero_conv, block_text in zip(
+            self.control_blocks, self.zero_convs, text.per_block, strict=True
+        ):
+            hidden = self.host.run_block(block, hidden, modulation, rotary, block_text)
+            states.append(zero_conv(hidden.transpose(1, 2)).transpose(1, 2))
+        return states
+
+
+class DiffusersHost:
+    """Control blocks of diffusers' Wan."""
+
+    def create_block(self, width: int, ffn_width: int, num_heads: int) -> nn.Module:
+        from .wan_transformer import StyledWanBlock
+
+        return StyledWanBlock(width, ffn_width, num_heads)
+
+    def block_key(self, native_key: str) -> str:
+        return native_block_key_to_diffusers(native_key)
+
+    def rotary(self, grid: tuple[int, int, int], head_width: int, like: Tensor) -> Any:
+        from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+        with torch.device(like.device):
+            rope = WanRotaryPosEmbed(head_width, (1, 1, 1), max(grid))
+            return rope(like.new_empty(1, 1, *grid))
+
+    def prepare_text(self, block: nn.Module, text_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return block.text_keys_values(text_tokens)  # type: ignore[operator]
+
+    def run_block(
+        self, block: nn.Module, hidden: Tensor, modulation: Tensor, rotary: Any, text: Any
+    ) -> Tensor:
+        return block(hidden, modulation, rotary, text)
+
+
+def load_gray_tile_controlnet(
+    state_dict: Mapping[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    host: WanHost | None = None,
+    operations: Any = nn,
+) -> GrayTileControlNet:
+    """Build the control network from release-format weights; all sizes are read off them.
+
+    Args:
+        state_dict: keys of the release's `controlnet.ckpt`. Tensors are not copied.
+        num_heads: None for width / 128.
+        host: supplies the blocks; None for diffusers'.
+        operations: namespace with Linear, Conv1d and Conv3d (torch.nn, or ComfyUI's cast operations).
+
+    Raises:
+        WeightsError: for missing, unexpected or wrongly shaped keys.
+    """
+    host = host or DiffusersHost()
+    weights = strip_prefix(dict(state_dict))
+    needed = ("patch_embedding.weight", "text_embedding.0.weight", "time_embedding.0.weight")
+    needed += ("control_blocks.0.ffn.0.weight",)
+    missing = [key for key in needed if key not in weights]
+    if missing:
+        raise WeightsError(
+            f"these {len(weights)} tensors are no gray-tile ControlNet: {missing[0]} is missing"
+        )
+    patch, text, time, ffn = (weights[key].shape for key in needed)
+    width = patch[0]
+    heads = num_heads or width // 128
+    if heads < 1 or width % heads:
+        raise WeightsError(
+            f"a width of {width} does not divide into {heads} heads; pass num_heads="
+        )
+    with torch.device("meta"):
+        module = GrayTileControlNet(
+            host,
+            width=width,
+            ffn_width=ffn[0],
+            num_heads=heads,
+            num_blocks=1
+            + max(int(k.split(".")[1]) for k in weights if k.startswith("control_blocks.")),
+            in_channels=patch[1],
+            text_width=text[1],
+            freq_width=time[1],
+            operations=operations,
+        )
+    renamed = {_host_key(host, key): value for key, value in weights.items()}
+    check_keys(
+        {key: tuple(value.shape) for key, value in renamed.items()},
+        {key: tuple(value.shape) for key, value in module.state_dict().items()},
+        "gray-tile ControlNet",
+    )
+    module.load_state_dict(renamed, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def _host_key(host: WanHost, key: str) -> str:
+    if not key.startswith("control_blocks."):
+        return key
+    prefix, index, rest = key.split(".", 2)
+    return f"{prefix}.{index}.{host.block_key(rest)}"
+
+
+def copy_from_transformer(
+    state_dict: Mapping[str, Tensor], *, stride: int = 2
+) -> dict[str, Tensor]:
+    """Release-format weights of a new control network: copies of every `stride`-th block, zero convolutions at 0.
+
+    Source: StyleMaster's released code (`load_from_wan_state_dict`).
+    """
+    embeddings = ("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.")
+    weights = {k: v.clone() for k, v in state_dict.items() if k.startswith(embeddings)}
+    blocks: Sequence[int] = sorted(
+        {int(k.split(".")[1]) for k in state_dict if k.startswith("blocks.")}
+    )
+    for j, i in enumerate(blocks[::stride]):
+        prefix = f"blocks.{i}."
+        for key, value in state_dict.items():
+            if key.startswith(prefix) and "_img." not in key:
+                weights[f"control_blocks.{j}.{key.removeprefix(prefix)}"] = value.clone()
+        width = weights["patch_embedding.bias"].shape[0]
+        like = weights["patch_embedding.bias"]
+        weights[f"zero_convs.{j}.weight"] = like.new_zeros(width, width, 1)
+        weights[f"zero_convs.{j}.bias"] = like.new_zeros(width)
+    return weights

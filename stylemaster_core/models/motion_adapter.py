@@ -1,0 +1,153 @@
+"""The motion adapter (StyleMaster, sec. 3.3): a LoRA on self-attention, trained on still videos at scale 1.
+
+Scales below 0 move away from still videos: more motion and stronger style (the paper chose -0.3).
+Wan has no temporal-only attention, so it sits on q, k, v and o of the 3D self-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LayoutError, WeightsError
+
+PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+
+
+class LowRank(nn.Module):
+    """x -> up(down(x)), without bias."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Linear(width, rank, bias=False)
+        self.lora_B = nn.Linear(rank, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))).to(x)
+
+
+class MotionAdapter(nn.Module):
+    """W' = W + scale * B A on the self-attention of every block; the base weights are never touched.
+
+    Keys: `blocks.N.self_attn.{q,k,v,o}.lora_A.weight` and `lora_B`. Saved files carry the prefix
+    `diffusion_model.`, by which ComfyUI's stock LoRA loader knows them.
+    """
+
+    def __init__(self, num_blocks: int, width: int, rank: int) -> None:
+        super().__init__()
+        self.scale = 1.0
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {"self_attn": nn.ModuleDict({p: LowRank(width, rank) for p in PROJECTIONS})}
+            )
+            for _ in range(num_blocks)
+        )
+
+    @torch.no_grad()
+    def reset_for_training(self, generator: torch.Generator | None = None) -> None:
+        """A random, B zero: training starts from the base model."""
+        for module in self.modules():
+            if isinstance(module, LowRank):
+                std = module.lora_A.in_features**-0.5
+                module.lora_A.weight.normal_(0, std, generator=generator)
+                nn.init.zeros_(module.lora_B.weight)
+
+    def attach(self, transformer: Any) -> Attached:
+        """Let the adapter act on a `StyledWanTransformer`, at `self.scale`, until `detach()`.
+
+        Raises:
+            WeightsError: if the transformer has other blocks or another width.
+        """
+        width = self._layer(0, "q").lora_A.in_features
+        host_width = transformer.blocks[0].attn1.to_q.in_features
+        if len(transformer.blocks) != len(self.blocks) or host_width != width:
+            raise WeightsError(
+                f"this motion adapter is for {len(self.blocks)} blocks of width {width}, the transformer "
+                f"has {len(transformer.blocks)} of width {host_width}; use an adapter trained on it"
+            )
+        handles = []
+        for i, block in enumerate(transformer.blocks):
+            for name, path in PROJECTIONS.items():
+                linear = block.attn1.get_submodule(path)
+                handles.append(linear.register_forward_hook(self._hook(self._layer(i, name))))
+        return Attached(handles)
+
+    def _layer(self, block: int, projection: str) -> LowRank:
+        layer = self.blocks[block]["self_attn"][projection]  # type: ignore[index]
+        assert isinstance(layer, LowRank)
+        return layer
+
+    def _hook(self, layer: LowRank) -> Any:
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output if self.scale == 0 else output + self.scale * layer(inputs[0])
+
+        return add
+
+
+class Attached:
+    """Handle of an attached adapter; also a context manager."""
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+
+def motion_adapter_state_dict(adapter: MotionAdapter) -> dict[str, Tensor]:
+    """Weights to save, named as ComfyUI's stock LoRA loader expects them."""
+    return {f"diffusion_model.{key}": value for key, value in adapter.state_dict().items()}
+
+
+def load_motion_adapter(state_dict: Mapping[str, Tensor]) -> MotionAdapter:
+    """Build a motion adapter from a LoRA file in PEFT or ComfyUI (`lora_down/up`, `.alpha`) naming.
+
+    `alpha / rank` is folded into the weights.
+
+    Raises:
+        WeightsError: for keys that are not a LoRA on all of self_attn q, k, v, o.
+    """
+    weights: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        name = key
+        for prefix in ("base_model.model.", "transformer.", "diffusion_model."):
+            name = name.removeprefix(prefix)
+        name = name.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
+        weights[name] = value
+    for name in [k for k in weights if k.endswith(".alpha")]:
+        alpha = float(weights.pop(name))
+        down, up = (f"{name.removesuffix('.alpha')}.lora_{x}.weight" for x in "AB")
+        if down in weights and up in weights:
+            weights[up] = weights[up] * (alpha / weights[down].shape[0])
+    first = weights.get("blocks.0.self_attn.q.lora_A.weight")
+    if first is None:
+        raise WeightsError(
+            f"no motion adapter: blocks.0.self_attn.q.lora_A.weight is missing among {len(state_dict)} "
+            f"keys (first: {sorted(state_dict)[:2]}); a LoRA on Wan's self-attention was expected"
+        )
+    from ..weights.state_dict import check_keys
+
+    rank, width = first.shape
+    num_blocks = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    with torch.device("meta"):
+        adapter = MotionAdapter(num_blocks, width, rank)
+    check_keys(
+        {key: tuple(value.shape) for key, value in weights.items()},
+        {key: tuple(value.shape) for key, value in adapter.state_dict().items()},
+        "motion adapter",
+    )
+    if not all(torch.isfinite(value).all() for value in weights.values()):
+        raise LayoutError("the motion adapter's weights hold NaN or infinity")
+    adapter.load_state_dict(weights, assign=True)
+    return adapter.requires_grad_(False).eval()

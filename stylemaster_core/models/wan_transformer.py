@@ -1,0 +1,571 @@
+"""diffusers' Wan transformer with the decoupled style branch, control states and shared work between branches.
+
+`StyledWanTransformer` is `WanTransformer3DModel` (same weights, loaders, offloading, LoRA) with a forward
+pass of its own: text and style keys and values are made once per generation, block 0 does what
+the guidance branches share only once, and style and control are ordinary arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import LayoutError, WeightsError
+from ..weights.state_dict import check_keys, native_to_diffusers, strip_prefix
+from .decoupled_attention import (
+    BlockStyle,
+    StyleAttention,
+    StyleRegion,
+    attend,
+    create_style_attention,
+    region_masks,
+    style_residual,
+)
+
+Rotary = tuple[Tensor, Tensor]
+TextKV = list[tuple[Tensor, Tensor]]  # per block: keys and values [B, L, D]
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: norms and modulations are computed in it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm in float32, or in float64 where the input is; diffusers' own would round float64."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.to(input) for p in (self.weight, self.bias))
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+def rotate(x: Tensor, rotary: Rotary, num_heads: int) -> Tensor:
+    """Rotary position embedding on interleaved pairs, real arithmetic: [B, L, D] -> [B, L, D]."""
+    cos, sin = (angle[..., 0::2].to(widen(x)) for angle in rotary)
+    a, b = widen(rearrange(x, "b l (n d two) -> b l n d two", n=num_heads, two=2)).unbind(-1)
+    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return rearrange(rotated, "b l n d two -> b l (n d two)").to(x)
+
+
+def sinusoidal_embedding(timestep: Tensor, width: int) -> Tensor:
+    """[B] -> [B, width] of cosines, then sines, computed in float64 as the release does."""
+    half = width // 2
+    device = "cpu" if timestep.device.type == "mps" else timestep.device
+    exponent = torch.arange(half, dtype=torch.float64, device=device) / half
+    angle = timestep.to(device, torch.float64)[:, None] * torch.pow(10000.0, -exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=1).to(torch.float32).to(timestep.device)
+
+
+class StyledWanBlock(WanTransformerBlock):
+    """A Wan block whose parts can be called one by one; modules and weights are diffusers'."""
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        qk_norm: str = "rms_norm_across_heads",
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
+        self.num_heads = num_heads
+        self.norm1 = WideLayerNorm(dim, eps, elementwise_affine=False)
+        self.norm2 = WideLayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.norm3 = WideLayerNorm(dim, eps, elementwise_affine=False)
+
+    def text_keys_values(self, text_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded text [B, L, D] -> keys and values, each [B, L, D]."""
+        return self.attn2.norm_k(self.attn2.to_k(text_tokens)), self.attn2.to_v(text_tokens)
+
+    def self_attend(self, hidden: Tensor, modulation: Tensor, rotary: Rotary) -> Tensor:
+        shift, scale, gate = (self.scale_shift_table + widen(modulation))[:, :3].chunk(3, dim=1)
+        x = (self.norm1(widen(hidden)) * (1 + scale) + shift).to(hidden)
+        query = rotate(self.attn1.norm_q(self.attn1.to_q(x)), rotary, self.num_heads)
+        keys = rotate(self.attn1.norm_k(self.attn1.to_k(x)), rotary, self.num_heads)
+        attended = attend(query, keys, self.attn1.to_v(x), self.num_heads)
+        return (widen(hidden) + self.attn1.to_out[0](attended) * gate).to(hidden)
+
+    def cross_query(self, hidden: Tensor) -> Tensor:
+        return self.attn2.norm_q(self.attn2.to_q(self.norm2(widen(hidden)).to(hidden)))
+
+    def finish(self, hidden: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
+        """Add the cross-attention's result (before its output projection), then the feed-forward."""
+        shift, scale, gate = (self.scale_shift_table + widen(modulation))[:, 3:].chunk(3, dim=1)
+        hidden = hidden + self.attn2.to_out[0](attended)
+        x = (self.norm3(widen(hidden)) * (1 + scale) + shift).to(hidden)
+        return (widen(hidden) + widen(self.ffn(x)) * gate).to(hidden)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        modulation: Tensor,
+        rotary: Rotary,
+        text_kv: tuple[Tensor, Tensor],
+        style: BlockStyle | None = None,
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, D]; modulation [B or 1, 6, D]; rows of `style` as in `BlockStyle`."""
+        hidden = self.self_attend(hidden, modulation, rotary)
+        query = self.cross_query(hidden)
+        attended = attend(query, *text_kv, self.num_heads)
+        if style is not None:
+            attended = attended + style_residual(query, style, self.num_heads)
+        return self.finish(hidden, attended, modulation)
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One condition of the guidance, ready for all blocks: a prompt with a style, "no style" or neither."""
+
+    text: TextKV
+    style: list[BlockStyle] | None
+
+    @property
+    def num_styled(self) -> int:
+        return self.style[0].keys[0].shape[0] if self.style and self.style[0].keys else 0
+
+
+class Stem(NamedTuple):
+    """What depends only on latents and timestep, hence is the same for all branches."""
+
+    hidden: Tensor  # [B, L, D]
+    time: Tensor  # [B or 1, D]
+    modulation: Tensor  # [B or 1, 6, D]
+    rotary: Rotary
+    grid: tuple[int, int, int]
+
+
+class StyledWanTransformer(WanTransformer3DModel):
+    """Predicts the velocity of Wan latents, with style, control states and several branches at once."""
+
+    _no_split_modules = ["StyledWanBlock"]
+    _repeated_blocks = ["StyledWanBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 8960,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+    ) -> None:
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=0,
+            eps=eps,
+            rope_max_seq_len=rope_max_seq_len,
+        )
+        self.register_to_config(num_layers=num_layers)
+        width = num_attention_heads * attention_head_dim
+        self.blocks = nn.ModuleList(
+            StyledWanBlock(
+                width, ffn_dim, num_attention_heads, "rms_norm_across_heads", cross_attn_norm, eps
+            )
+            for _ in range(num_layers)
+        )
+        self.norm_out = WideLayerNorm(width, eps, elementwise_affine=False)
+        self.style_attention: StyleAttention | None = None
+
+    # ---- once per generation ---------------------------------------------------------------------
+
+    def embed_text(self, text: Tensor, batch: int) -> TextKV:
+        """Text features [B or 1, L, Dt] -> keys and values of every block. Padding is not masked."""
+        width = self.config.text_dim
+        if text.ndim != 3 or text.shape[-1] != width:
+            raise LayoutError(
+                f"text features must be [B, L, {width}], got {list(text.shape)}; use the text encoder "
+                "that belongs to this transformer (UMT5-XXL for Wan)"
+            )
+        tokens = self.condition_embedder.text_embedder(text.to(self.device, self.compute_dtype))
+        pairs = [block.text_keys_values(tokens) for block in self.blocks]
+        return [(_expand(keys, batch), _expand(values, batch)) for keys, values in pairs]
+
+    def prepare_style(
+        self, regions: Sequence[StyleRegion] | None, grid: tuple[int, int, int], no_style: bool
+    ) -> list[BlockStyle] | None:
+        """Style of every block for token grid (t, h, w).
+
+        Args:
+            regions: styles of a styled branch; empty for a branch that has only "no style".
+            grid: tokens of the video.
+            no_style: whether rows and places without style attend to zero tokens (as the release does)
+                or skip the branch.
+        """
+        if regions is None:
+            return None
+        if self.style_attention is None:
+            raise WeightsError(
+                "a style was given, but this transformer was loaded without style weights "
+                "(blocks.N.cross_attn.k_img, v_img, norm_k_img); load a StyleMaster adapter"
+            )
+        adapter = self.style_attention
+        pairs = [adapter(region) for region in regions]
+        masks = tuple(m.to(pairs[0].keys) for m in region_masks(regions, grid))
+        zero = adapter.no_style(regions) if no_style else None
+        return [
+            BlockStyle(
+                tuple(kv.keys[i] for kv in pairs),
+                tuple(kv.values[i] for kv in pairs),
+                masks,
+                None if zero is None else zero[i],
+            )
+            for i in range(len(self.blocks))
+        ]
+
+    def prepare_branch(
+        self, text: TextKV, style: list[BlockStyle] | None, *, styled: bool
+    ) -> Branch:
+        """A guidance branch; `styled=False` gives the "no style" branch that belongs to `style`."""
+        if style is not None and not styled:
+            without = [BlockStyle((), (), (), block.no_style) for block in style]
+            style = without if style[0].no_style is not None else None
+        if style is not None:
+            style = [_expand_rows(block, text[0][0].shape[0]) for block in style]
+        return Branch(text, style)
+
+    # ---- every step ------------------------------------------------------------------------------
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return (
+            self.proj_out.weight.dtype
+            if self.proj_out.weight.dtype.itemsize > 1
+            else torch.bfloat16
+        )
+
+    def token_grid(self, latents: Tensor) -> tuple[int, int, int]:
+        """(t, h, w) tokens of latents [B, 16, t, h, w].
+
+        Raises:
+            LayoutError: for another number of dimensions, channels, or odd sides.
+        """
+        channels, (_, ph, pw) = self.config.in_channels, self.config.patch_size
+        if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape:
+            raise LayoutError(
+                f"latents must be [B, {channels}, t, h, w], got {list(latents.shape)}"
+            )
+        t, h, w = latents.shape[2:]
+        if h % ph or w % pw:
+            raise LayoutError(
+                f"latents of {h} x {w} do not divide into patches of {ph} x {pw}; "
+                "use frames whose sides are multiples of 16"
+            )
+        return t, h // ph, w // pw
+
+    def embed(self, latents: Tensor, timestep: Tensor) -> Stem:
+        grid = self.token_grid(latents)
+        if timestep.ndim != 1 or timestep.shape[0] not in (1, latents.shape[0]):
+            raise LayoutError(
+                f"timestep must be [1] or [{latents.shape[0]}], got {list(timestep.shape)}"
+            )
+        x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
+        hidden = rearrange(x, "b d t h w -> b (t h w) d").contiguous().to(self.compute_dtype)
+        embedder = self.condition_embedder
+        wave = sinusoidal_embedding(timestep.to(latents.device), self.config.freq_dim)
+        time = embedder.time_embedder(wave.to(embedder.time_embedder.linear_1.weight.dtype))
+        modulation = embedder.time_proj(F.silu(time).to(embedder.time_proj.weight.dtype))
+        rotary = self.rope(latents)
+        return Stem(
+            hidden, time, rearrange(modulation, "b (six d) -> b six d", six=6), rotary, grid
+        )
+
+    def project_out(self, hidden: Tensor, stem: Stem) -> Tensor:
+        shift, scale = (self.scale_shift_table + widen(stem.time)[:, None]).chunk(2, dim=1)
+        x = (self.norm_out(widen(hidden)) * (1 + scale) + shift).to(hidden)
+        t, h, w = stem.grid
+        pt, ph, pw = self.config.patch_size
+        return rearrange(
+            self.proj_out(x.to(self.proj_out.weight.dtype)),
+            "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
+            t=t,
+            h=h,
+            w=w,
+            pt=pt,
+            ph=ph,
+            pw=pw,
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor | TextKV,
+        *,
+        style: Tensor | Sequence[StyleRegion] | None = None,
+        control: Sequence[Tensor] | None = None,
+        control_scale: float = 1.0,
+    ) -> Tensor:
+        """Velocity of one branch, block by block; the plain path that training uses.
+
+        Args:
+            latents: [B, 16, t, h, w] normalised noisy latents.
+            timestep: [1] or [B] in 0..1000.
+            text: [B, L, Dt] text features, or what `embed_text` made of them.
+            style: [B, S, Ds] style tokens, styles with regions, or None, which skips the style
+                branch. All-zero tokens are the release's "no style" and not the same as None.
+            control: control states; state i is added after block i * stride, where the stride follows from
+                the number of states.
+            control_scale: strength of the control.
+
+        Returns:
+            [B, 16, t, h, w] velocity (noise - clean), in the dtype of the weights.
+
+        Source: StyleMaster, sec. 3.2 and 3.4, and its released code; deviation: the time embedding of a
+        batch with different timesteps is right here.
+        """
+        stem = self.embed(latents, timestep)
+        batch = latents.shape[0]
+        text_kv = self.embed_text(text, batch) if isinstance(text, Tensor) else text
+        regions = [StyleRegion(style)] if isinstance(style, Tensor) else style
+        prepared = self.prepare_style(regions, stem.grid, no_style=True)
+        residuals = self._control_residuals(control, control_scale)
+        hidden = stem.hidden
+        for i, block in enumerate(self.blocks):
+            block_style = None if prepared is None else _expand_rows(prepared[i], batch)
+            arguments = (hidden, stem.modulation, stem.rotary, text_kv[i], block_style)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                hidden = block(*arguments)
+            if i in residuals:
+                hidden = hidden + residuals[i].to(hidden)
+        return self.project_out(hidden, stem)
+
+    def velocities(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        branches: Sequence[Branch],
+        *,
+        control: Sequence[Tensor] | None = None,
+        control_scale: float = 1.0,
+        batched: bool = True,
+    ) -> list[Tensor]:
+        """Velocities of several branches at the same latents: what they share is computed once.
+
+        Args:
+            latents: [B, 16, t, h, w].
+            timestep: [1] or [B].
+            branches: from `prepare_branch`; equal prompts should share one `TextKV` object.
+            control: the same control states for all branches.
+            control_scale: strength of the control.
+            batched: run the branches as one batch (faster for short clips) or one by one (less memory).
+
+        Returns:
+            one velocity [B, 16, t, h, w] per branch, equal to `forward` on each but for rounding.
+        """
+        stem = self.embed(latents, timestep)
+        first = self.blocks[0]
+        assert isinstance(first, StyledWanBlock)
+        residuals = self._control_residuals(control, control_scale)
+        shared = first.self_attend(stem.hidden, stem.modulation, stem.rotary)
+        query = first.cross_query(shared)
+        text = {
+            id(b.text): attend(query, *b.text[0], first.num_heads) for b in _unique_texts(branches)
+        }
+        outputs: list[Tensor] = [latents] * len(branches)
+        for group in _groups(branches, batched):
+            hidden = torch.cat(
+                [_first_block(first, shared, query, text[id(b.text)], b, stem) for _, b in group]
+            )
+            merged = _merge([branch for _, branch in group])
+            for i, block in enumerate(self.blocks):
+                if i > 0:
+                    style = None if merged.style is None else merged.style[i]
+                    hidden = block(
+                        hidden,
+                        _repeat(stem.modulation, len(group)),
+                        stem.rotary,
+                        merged.text[i],
+                        style,
+                    )
+                if i in residuals:
+                    hidden = hidden + _repeat(residuals[i].to(hidden), len(group))
+            repeated = stem._replace(time=_repeat(stem.time, len(group)))
+            velocities = self.project_out(hidden, repeated).chunk(len(group))
+            for (index, _), velocity in zip(group, velocities, strict=True):
+                outputs[index] = velocity
+        return outputs
+
+    def _control_residuals(
+        self, control: Sequence[Tensor] | None, control_scale: float
+    ) -> dict[int, Tensor]:
+        """Residual to add after each block that has one."""
+        if not control or control_scale == 0:
+            return {}
+        stride = math.ceil(len(self.blocks) / len(control))
+        if len(control) > len(self.blocks):
+            raise LayoutError(
+                f"got {len(control)} control states for {len(self.blocks)} blocks; "
+                "the control network belongs to another model"
+            )
+        width = self.proj_out.in_features
+        for state in control:
+            if state.shape[-1] != width:
+                raise LayoutError(
+                    f"control states are {state.shape[-1]} wide, this transformer is {width} wide; "
+                    "the control network belongs to another model"
+                )
+        return {i * stride: state * control_scale for i, state in enumerate(control)}
+
+
+def _unique_texts(branches: Sequence[Branch]) -> list[Branch]:
+    return list({id(branch.text): branch for branch in branches}.values())
+
+
+def _first_block(
+    block: StyledWanBlock, shared: Tensor, query: Tensor, text: Tensor, branch: Branch, stem: Stem
+) -> Tensor:
+    if branch.style is not None:
+        text = text + style_residual(query, branch.style[0], block.num_heads)
+    return block.finish(shared, text, stem.modulation)
+
+
+def _groups(branches: Sequence[Branch], batched: bool) -> list[list[tuple[int, Branch]]]:
+    """Branches that run as one batch, those without style first; texts of other lengths run alone."""
+    order = sorted(enumerate(branches), key=lambda pair: pair[1].num_styled)
+    if not batched:
+        return [[pair] for pair in order]
+    groups: dict[object, list[tuple[int, Branch]]] = {}
+    for pair in order:
+        branch = pair[1]
+        key = (branch.text[0][0].shape[1], branch.style is None)
+        groups.setdefault(key, []).append(pair)
+    return list(groups.values())
+
+
+def _merge(branches: Sequence[Branch]) -> Branch:
+    """Stack the branches of a group along the batch."""
+    if len(branches) == 1:
+        return branches[0]
+    text = [
+        (torch.cat([b.text[i][0] for b in branches]), torch.cat([b.text[i][1] for b in branches]))
+        for i in range(len(branches[0].text))
+    ]
+    styled = [b.style for b in branches if b.num_styled]
+    if len(styled) > 1:
+        raise LayoutError("only one styled branch fits into a batch; run the branches one by one")
+    plain = [b.style for b in branches if b.style is not None and not b.num_styled]
+    style = styled[0] if styled else plain[0] if plain else None
+    return Branch(text, style)
+
+
+def _expand_rows(style: BlockStyle, batch: int) -> BlockStyle:
+    """Let one style serve a whole batch of latents."""
+    keys = tuple(_expand(x, batch) for x in style.keys)
+    return style._replace(keys=keys, values=tuple(_expand(x, batch) for x in style.values))
+
+
+def _expand(x: Tensor, batch: int) -> Tensor:
+    if x.shape[0] not in (1, batch):
+        raise LayoutError(
+            f"got {x.shape[0]} conditions for a batch of {batch}; give one, or one per sample"
+        )
+    return x.expand(batch, -1, -1)
+
+
+def _repeat(x: Tensor, count: int) -> Tensor:
+    """A row for each branch; a single row serves all by broadcasting."""
+    return x if x.shape[0] == 1 else x.repeat(count, *[1] * (x.ndim - 1))
+
+
+def load_transformer(
+    state_dict: Mapping[str, Tensor], *, num_heads: int | None = None
+) -> StyledWanTransformer:
+    """Build the transformer from a release-format state dict; all sizes are read off it.
+
+    Args:
+        state_dict: Wan's own (and ComfyUI's) or diffusers' key names, with or without `*_img` keys;
+            `style_model.*` keys are left to `load_style_projector`. Tensors are not copied.
+        num_heads: None for width / 128, Wan's head width.
+
+    Returns:
+        a frozen `StyledWanTransformer`; call it with (latents, timestep, text, style=, control=).
+
+    Raises:
+        WeightsError: for missing, unexpected or wrongly shaped keys.
+    """
+    weights = strip_prefix(dict(state_dict))
+    weights = {key: value for key, value in weights.items() if not key.startswith("style_model.")}
+    base = {key: value for key, value in weights.items() if "_img." not in key}
+    if "condition_embedder.time_proj.weight" not in base:
+        base = native_to_diffusers(base)
+    config = _read_config(base, num_heads)
+    with torch.device("meta"):
+        model = StyledWanTransformer(**config)
+    model.rope = type(model.rope)(config["attention_head_dim"], (1, 2, 2), 1024)
+    check_keys(
+        {key: tuple(value.shape) for key, value in base.items()},
+        {key: tuple(value.shape) for key, value in model.state_dict().items()},
+        "Wan transformer",
+    )
+    model.load_state_dict(base, assign=True)
+    model.style_attention = create_style_attention(weights)
+    return model.requires_grad_(False).eval()
+
+
+def _read_config(base: Mapping[str, Tensor], num_heads: int | None) -> dict[str, int]:
+    needed = (
+        "patch_embedding.weight",
+        "condition_embedder.text_embedder.linear_1.weight",
+        "condition_embedder.time_embedder.linear_1.weight",
+        "blocks.0.ffn.net.0.proj.weight",
+        "proj_out.weight",
+    )
+    missing = [key for key in needed if key not in base]
+    if missing:
+        raise WeightsError(
+            f"these {len(base)} tensors are no Wan transformer: {missing[0]} is missing "
+            f"(first keys: {sorted(base)[:3]})"
+        )
+    patch, text, time, ffn, out = (base[key].shape for key in needed)
+    width = patch[0]
+    if patch[1] != 16 or tuple(patch[2:]) != (1, 2, 2):
+        raise WeightsError(
+            f"this Wan model takes {patch[1]} input channels in patches of {tuple(patch[2:])}; StyleMaster "
+            "needs a text-to-video model with 16 channels (Wan 2.1 T2V)"
+        )
+    heads = num_heads or width // 128
+    if heads < 1 or width % heads or (width // heads) % 2:
+        raise WeightsError(
+            f"a width of {width} does not divide into {heads} heads; pass num_heads="
+        )
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "in_channels": patch[1],
+        "out_channels": out[0] // 4,
+        "text_dim": text[1],
+        "freq_dim": time[1],
+        "ffn_dim": ffn[0],
+        "num_layers": 1 + max(int(k.split(".")[1]) for k in base if k.startswith("blocks.")),
+    }
