@@ -1,0 +1,1 @@
+"""Weight files: reading, naming, checking, converting, listing and downloading them."""

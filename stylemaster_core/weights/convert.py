@@ -1,0 +1,178 @@
+"""From the released checkpoints to the small safetensors files that nodes and command line load."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, WeightsError
+from .files import Progress, read_state_dict, sha256_of, write_state_dict
+from .shapes import (
+    AdapterSizes,
+    ControlNetSizes,
+    Shape,
+    WanSizes,
+    adapter_sizes,
+    controlnet_sizes,
+    expected_adapter_shapes,
+    expected_base_shapes,
+    expected_controlnet_shapes,
+    wan_sizes,
+)
+from .state_dict import (
+    check_keys,
+    describe_kind,
+    detect_kind,
+    shapes_of,
+    split_release,
+    strip_prefix,
+    style_path_report,
+)
+
+__all__ = [
+    "AdapterSizes",
+    "ControlNetSizes",
+    "WanSizes",
+    "convert",
+    "expected_adapter_shapes",
+    "expected_base_shapes",
+    "expected_controlnet_shapes",
+]
+
+logger = logging.getLogger("stylemaster")
+
+ADAPTER_FORMAT = "stylemaster-adapter-1"
+CONTROLNET_FORMAT = "stylemaster-gray-tile-controlnet-1"
+BASE_FORMAT = "stylemaster-base-1"
+KNOWN_BASE = "wan2.1-t2v-1.3b"
+CUSTOM_BASE = "custom"
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    include_base: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Convert a released file to safetensors.
+
+    - the whole release: `<stem>_adapter.safetensors`, with `include_base` also
+      `<stem>_base.safetensors`;
+    - a ControlNet: `<stem>.safetensors`;
+    - a style adapter: `<stem>_adapter.safetensors`, or `<stem>.safetensors` where the stem says so
+      already.
+
+    Keys and shapes are checked against the release's rules, with sizes read off the file. If the
+    style attention of the file is uniform, a warning is logged (`style_path_report`).
+
+    Args:
+        source: .ckpt, .pt, .pth or .safetensors.
+        out_dir: folder to write to; made if missing.
+        overwrite: replace existing files.
+        dtype: dtype of the written tensors; None keeps the stored one.
+        include_base: of the whole release, write the Wan base, too.
+        progress: called while the source is hashed, with (bytes done, bytes in all).
+
+    Returns:
+        Paths written.
+
+    Raises:
+        ConfigError: if `dtype` is no floating point type, or `include_base` is asked of a file
+            that holds no base.
+        WeightsError: if the file is none of these, or its tensors are not those expected, or a
+            file to be written exists.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(
+            f"{dtype} is no floating point type; choose torch.bfloat16, torch.float16 or "
+            "torch.float32."
+        )
+    source, out_dir = Path(source), Path(out_dir)
+    content = read_state_dict(source)
+    tensors = strip_prefix(content.tensors)
+    shapes = shapes_of(tensors)
+    kind = detect_kind(shapes)
+    base, adapter = split_release(tensors)
+    if include_base and kind != "stylemaster":
+        raise ConfigError(
+            f"include_base was asked for, but {source} is {describe_kind(kind)}. Leave it out."
+        )
+    jobs: list[tuple[str, dict[str, Tensor], dict[str, str]]] = []
+    if kind in ("stylemaster", "style_adapter"):
+        stem = source.stem if source.stem.endswith("_adapter") else f"{source.stem}_adapter"
+        jobs.append((stem, adapter, _adapter_metadata(adapter, source)))
+        if kind == "stylemaster":
+            # Checked even when it is not written: a release of which half is wrong is not trusted.
+            base_metadata = _base_metadata(base, source)
+            if include_base:
+                jobs.append((f"{source.stem}_base", base, base_metadata))
+        elif base:
+            check_keys(shapes, shapes_of(adapter), f"style adapter {source}")
+    elif kind == "gray_tile_controlnet":
+        jobs.append((source.stem, tensors, _controlnet_metadata(shapes, source)))
+    else:
+        raise WeightsError(
+            f"{source} is {describe_kind(kind)}. Only the StyleMaster release (stylemaster.ckpt, "
+            "controlnet.ckpt) or a style adapter can be converted."
+        )
+    targets = [out_dir / f"{stem}.safetensors" for stem, _, _ in jobs]
+    # Before hashing and writing, so that a later clash leaves no first file behind.
+    existing = [str(path) for path in targets if path.exists()]
+    if existing and not overwrite:
+        raise WeightsError(
+            f"{', '.join(existing)} exists and is not overwritten unless asked (overwrite=True, on "
+            "the command line --overwrite). Choose another folder."
+        )
+    origin = {"source_sha256": sha256_of(source, progress), "source_name": source.name}
+    for path, (_, part, metadata) in zip(targets, jobs, strict=True):
+        write_state_dict(
+            path, _cast(part, dtype), content.metadata | metadata | origin, overwrite=overwrite
+        )
+    return targets
+
+
+def _adapter_metadata(adapter: Mapping[str, Tensor], source: Path) -> dict[str, str]:
+    shapes = shapes_of(adapter)
+    sizes = adapter_sizes(shapes)
+    check_keys(shapes, expected_adapter_shapes(sizes), f"style adapter in {source}")
+    report = style_path_report(adapter)
+    logger.log(
+        logging.WARNING if report.is_uniform else logging.INFO, "%s: %s", source, report.message
+    )
+    return _metadata(ADAPTER_FORMAT, sizes == AdapterSizes(), sizes.num_blocks)
+
+
+def _base_metadata(base: Mapping[str, Tensor], source: Path) -> dict[str, str]:
+    shapes = shapes_of(base)
+    sizes = wan_sizes(shapes)
+    check_keys(shapes, expected_base_shapes(sizes), f"Wan base in {source}")
+    return _metadata(BASE_FORMAT, sizes == WanSizes(), sizes.num_blocks)
+
+
+def _controlnet_metadata(shapes: Mapping[str, Shape], source: Path) -> dict[str, str]:
+    sizes = controlnet_sizes(shapes)
+    check_keys(shapes, expected_controlnet_shapes(sizes), f"gray-tile ControlNet {source}")
+    return _metadata(CONTROLNET_FORMAT, sizes == ControlNetSizes(), sizes.num_blocks)
+
+
+def _metadata(file_format: str, is_known: bool, num_blocks: int) -> dict[str, str]:
+    return {
+        "format": file_format,
+        "base_model": KNOWN_BASE if is_known else CUSTOM_BASE,
+        "num_blocks": str(num_blocks),
+    }
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {
+        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        for key, value in tensors.items()
+    }

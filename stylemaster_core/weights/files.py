@@ -1,0 +1,337 @@
+"""Reading and writing weight files, told apart by their content and not by their name."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+import pickle
+import uuid
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightsError
+from .manifest import how_to_get
+
+logger = logging.getLogger("stylemaster")
+
+# Called with the bytes done so far and the bytes in all (None where that is unknown).
+Progress = Callable[[int, "int | None"], None]
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_LEGACY_PICKLE_MAGIC = b"\x80"
+_CHUNK_BYTES = 1 << 20
+
+# What a damaged or hostile file makes the two readers raise.
+_READ_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class StateDictFile(NamedTuple):
+    """Content of a weight file."""
+
+    tensors: dict[str, Tensor]  # on the CPU, as stored
+    metadata: dict[str, str]  # a safetensors header's strings, or the plain values of a checkpoint
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> StateDictFile:
+    """Read a `.safetensors` file or a PyTorch checkpoint (`.ckpt`, `.pt`, `.pth`, `.bin`).
+
+    A checkpoint is read with `weights_only=True`, so that it cannot run code. Its outer
+    "state_dict" is unwrapped and nested dictionaries are flattened to dotted keys. Tensors of a
+    zip checkpoint are memory-mapped: keep the file while they are in use.
+
+    Args:
+        path: the weight file; its content decides the format.
+
+    Returns:
+        Tensors on the CPU in their stored dtype, and metadata.
+
+    Raises:
+        WeightsError: if the file is missing, truncated, of another kind, or holds code.
+    """
+    path = _existing(path)
+    if _format_of(path) == "safetensors":
+        with _open_safetensors(path) as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return StateDictFile(tensors, dict(file.metadata() or {}))
+    return _flatten_checkpoint(_load_checkpoint(path), path)
+
+
+def read_keys(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Read names, shapes and dtypes; of a safetensors file only the header is read.
+
+    Args:
+        path: the weight file.
+
+    Returns:
+        Key to (shape, dtype).
+
+    Raises:
+        WeightsError: as `read_state_dict`.
+    """
+    path = _existing(path)
+    if _format_of(path) != "safetensors":
+        tensors = read_state_dict(path).tensors
+        return {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+    keys: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    with _open_safetensors(path) as file:
+        for key in file.keys():  # noqa: SIM118
+            view = file.get_slice(key)
+            dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
+            if dtype is None:
+                raise WeightsError(
+                    f"{path}: tensor {key!r} has the dtype {view.get_dtype()}, which this version "
+                    f"does not know. Use a file in {', '.join(_SAFETENSORS_DTYPES)}."
+                )
+            keys[key] = (tuple(view.get_shape()), dtype)
+    return keys
+
+
+def write_state_dict(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write a safetensors file beside its place, then rename it into place.
+
+    Args:
+        path: where to write; missing folders are made.
+        tensors: what to write, any device and layout.
+        metadata: strings for the header.
+        overwrite: replace an existing file.
+
+    Returns:
+        The path written.
+
+    Raises:
+        WeightsError: if the file exists and `overwrite` is False, if a metadata value is not a
+            string, or if the disk cannot take the file.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise WeightsError(
+            f"{path} exists ({path.stat().st_size:,} bytes) and is not overwritten unless asked "
+            "(overwrite=True, on the command line --overwrite). Choose another name or folder."
+        )
+    for key, value in (metadata or {}).items():
+        if not isinstance(value, str):
+            raise WeightsError(
+                f"Metadata {key!r} is {type(value).__name__}; a safetensors header holds only "
+                "strings. Convert it with str() or json.dumps()."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        save_file(_storable(tensors), str(part), metadata=dict(metadata or {}))
+        os.replace(part, path)
+    except Exception as error:
+        # safetensors reports a full disk as its own exception, so the class says little here.
+        raise WeightsError(
+            f"Could not write {path}: {error}. Check free space and permissions of {path.parent}."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def sha256_of(path: str | os.PathLike[str], progress: Progress | None = None) -> str:
+    """SHA-256 of a file in lower-case hexadecimal digits.
+
+    Args:
+        path: the file.
+        progress: called with (bytes done, bytes in all) after each piece.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        WeightsError: if the file is missing.
+    """
+    path = _existing(path)
+    total = path.stat().st_size
+    digest = hashlib.sha256()
+    done = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total)
+    return digest.hexdigest()
+
+
+def find_weight_file(name: str, folders: Iterable[str | os.PathLike[str]]) -> Path:
+    """Look for a weight file in folders and in their sub-folders.
+
+    Args:
+        name: file name, optionally with a sub-folder ("wan/base.safetensors").
+        folders: where to look, in this order; the first hit wins.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        WeightsError: if it is in none of the folders, or if `name` leads out of them.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise WeightsError(
+            f"{name!r} leads out of the model folders. Give a file name, optionally with a "
+            "sub-folder, and put the file into one of the model folders."
+        )
+    looked_in = [Path(folder) for folder in folders]
+    for folder in looked_in:
+        if (folder / name).is_file():
+            return folder / name
+        for candidate in sorted(folder.rglob(glob.escape(name))):
+            if candidate.is_file():
+                return candidate
+    places = "".join(f"\n  {folder}" for folder in looked_in) or "\n  (no folder was given)"
+    raise WeightsError(f"{name} was not found. Looked in:{places}\n{how_to_get(Path(name).name)}")
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; a weight file was expected.")
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist.\n{how_to_get(path.name)}")
+    return path
+
+
+def _format_of(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(_ZIP_MAGIC):
+        return "zip"
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return "safetensors"
+    if head.startswith(_LEGACY_PICKLE_MAGIC):
+        return "pickle"
+    if head.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer; the file itself was never fetched (run `git lfs pull`)"
+    elif head.lstrip().startswith(b"<"):
+        found = "a web page; the download needs a login or an accepted licence, or the link is dead"
+    else:
+        found = "neither a safetensors file nor a PyTorch checkpoint, or it is cut off at the start"
+    raise WeightsError(f"{path} ({size:,} bytes) is {found}. Delete it and download it again.")
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _load_checkpoint(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors" or _format_of(path) != "zip":
+            # Newer PyTorch goes by the name here, and only zip checkpoints can be mapped.
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} ({path.stat().st_size:,} bytes) was refused: it is damaged, or it holds "
+            "Python objects beside tensors, and reading those could run code from the file. "
+            f"Use a file of plain tensors, best a .safetensors file. Reader's words: {error}"
+        ) from error
+    except _READ_ERRORS as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{path} ({path.stat().st_size:,} bytes) is damaged or incomplete; compare its size with "
+        f"the published one, delete it and download it again. Reader's words: {error}"
+    )
+
+
+def _flatten_checkpoint(content: Any, path: Path) -> StateDictFile:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        metadata = {
+            str(key): str(value)
+            for key, value in content.items()
+            if isinstance(value, str | int | float)
+        }
+        content = content["state_dict"]
+    else:
+        metadata = {}
+    tensors: dict[str, Tensor] = {}
+    left_out: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, Tensor):
+                tensors[name] = value.detach()
+            elif isinstance(value, Mapping):
+                walk(value, f"{name}.")
+            elif isinstance(value, str | int | float):
+                metadata[name] = str(value)
+            else:
+                left_out.append(name)
+
+    if isinstance(content, Mapping):
+        walk(content, "")
+    if not tensors:
+        raise WeightsError(
+            f"{path} ({path.stat().st_size:,} bytes) holds no named tensors but "
+            f"{type(content).__name__}; a state dict (name to tensor) was expected."
+        )
+    if left_out:
+        logger.warning("%s: left out entries that are no tensors: %s", path, left_out[:10])
+    return StateDictFile(tensors, metadata)
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as safetensors demands."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in tensors.items():
+        stored = value.detach().cpu().contiguous()
+        address = stored.untyped_storage().data_ptr()
+        if address in seen and stored.numel():
+            stored = stored.clone()
+        seen.add(stored.untyped_storage().data_ptr())
+        result[key] = stored
+    return result

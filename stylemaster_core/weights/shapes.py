@@ -1,0 +1,256 @@
+"""The tensors each file must hold, by rule.
+
+Source: key lists of the released stylemaster.ckpt and controlnet.ckpt; deviation: none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import WeightsError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WanSizes:
+    """Sizes of a native Wan transformer; the defaults are Wan 2.1 T2V 1.3B."""
+
+    width: int = 1536
+    ffn_width: int = 8960
+    num_blocks: int = 30
+    text_width: int = 4096
+    freq_width: int = 256  # of the sinusoidal timestep embedding
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+
+
+@dataclass(frozen=True)
+class AdapterSizes:
+    """Sizes of a style adapter; the defaults are the released one's."""
+
+    width: int = 1536  # of the host's transformer
+    num_blocks: int = 30
+    style_width: int = 4096  # of the style tokens
+    patch_width: int = 1280  # of the image encoder's patch features
+    num_layers: int = 3  # of the q-former
+    local_tokens: int = 2
+    global_tokens: int = 14
+    global_width: int = 1024  # of the image encoder's projected embedding
+
+
+@dataclass(frozen=True)
+class ControlNetSizes:
+    """Sizes of a gray-tile ControlNet; the defaults are the released one's."""
+
+    width: int = 1536
+    ffn_width: int = 8960
+    num_blocks: int = 15  # control blocks, one for every second block of the host
+    text_width: int = 4096
+    freq_width: int = 256
+    in_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+
+
+def expected_base_shapes(sizes: WanSizes | None = None) -> dict[str, Shape]:
+    """Keys and shapes of a native Wan text-to-video transformer.
+
+    Args:
+        sizes: by default Wan 2.1 T2V 1.3B (825 tensors).
+
+    Returns:
+        Key to shape.
+    """
+    s = sizes or WanSizes()
+    shapes = _embedding_shapes(s)
+    for block in range(s.num_blocks):
+        shapes |= _block_shapes(f"blocks.{block}.", s.width, s.ffn_width)
+    shapes["head.modulation"] = (1, 2, s.width)
+    out = s.out_channels * s.patch_size[0] * s.patch_size[1] * s.patch_size[2]
+    return shapes | _linear("head.head", s.width, out)
+
+
+def expected_adapter_shapes(sizes: AdapterSizes | None = None) -> dict[str, Shape]:
+    """Keys and shapes of a style adapter: `style_model.*` and the image K and V of each block.
+
+    Args:
+        sizes: by default the release's (196 tensors).
+
+    Returns:
+        Key to shape.
+    """
+    s = sizes or AdapterSizes()
+    shapes: dict[str, Shape] = {}
+    for block in range(s.num_blocks):
+        prefix = f"blocks.{block}.cross_attn."
+        shapes |= _linear(f"{prefix}k_img", s.style_width, s.width)
+        shapes |= _linear(f"{prefix}v_img", s.style_width, s.width)
+        shapes[f"{prefix}norm_k_img.weight"] = (s.width,)
+    shapes["style_model.style_emb"] = (1, s.local_tokens, s.patch_width)
+    shapes["style_model.proj_patch"] = (s.patch_width, s.style_width)
+    for layer in range(s.num_layers):
+        prefix = f"style_model.transformer_blocks.resblocks.{layer}."
+        shapes |= _layer_norm(f"{prefix}ln_1", s.patch_width)
+        shapes[f"{prefix}attn.in_proj_weight"] = (3 * s.patch_width, s.patch_width)
+        shapes[f"{prefix}attn.in_proj_bias"] = (3 * s.patch_width,)
+        shapes |= _linear(f"{prefix}attn.out_proj", s.patch_width, s.patch_width)
+        shapes |= _layer_norm(f"{prefix}ln_2", s.patch_width)
+        shapes |= _linear(f"{prefix}mlp.c_fc", s.patch_width, 4 * s.patch_width)
+        shapes |= _linear(f"{prefix}mlp.c_proj", 4 * s.patch_width, s.patch_width)
+    shapes |= _layer_norm("style_model.ln1", s.patch_width)
+    shapes |= _layer_norm("style_model.ln2", s.patch_width)
+    shapes |= _linear("style_model.proj", s.global_width, s.global_tokens * s.style_width)
+    return shapes | _layer_norm("style_model.norm", s.style_width)
+
+
+def expected_controlnet_shapes(sizes: ControlNetSizes | None = None) -> dict[str, Shape]:
+    """Keys and shapes of a gray-tile ControlNet.
+
+    Args:
+        sizes: by default the release's (447 tensors).
+
+    Returns:
+        Key to shape.
+    """
+    s = sizes or ControlNetSizes()
+    shapes = _embedding_shapes(s)
+    for block in range(s.num_blocks):
+        shapes |= _block_shapes(f"control_blocks.{block}.", s.width, s.ffn_width)
+        shapes[f"zero_convs.{block}.weight"] = (s.width, s.width, 1)
+        shapes[f"zero_convs.{block}.bias"] = (s.width,)
+    return shapes
+
+
+def wan_sizes(shapes: Mapping[str, Shape]) -> WanSizes:
+    """Read the sizes of a native Wan transformer off its shapes.
+
+    Args:
+        shapes: key to shape, without prefixes such as "diffusion_model.".
+
+    Returns:
+        Sizes; that every tensor agrees with them is `check_keys`' matter.
+
+    Raises:
+        WeightsError: if a tensor that tells a size is missing.
+    """
+    what = "a Wan transformer"
+    patch = _shape(shapes, "patch_embedding.weight", 5, what)
+    patch_volume = patch[2] * patch[3] * patch[4]
+    return WanSizes(
+        width=patch[0],
+        ffn_width=_shape(shapes, "blocks.0.ffn.0.weight", 2, what)[0],
+        num_blocks=_count(shapes, "blocks"),
+        text_width=_shape(shapes, "text_embedding.0.weight", 2, what)[1],
+        freq_width=_shape(shapes, "time_embedding.0.weight", 2, what)[1],
+        in_channels=patch[1],
+        out_channels=_shape(shapes, "head.head.weight", 2, what)[0] // patch_volume,
+        patch_size=(patch[2], patch[3], patch[4]),
+    )
+
+
+def adapter_sizes(shapes: Mapping[str, Shape]) -> AdapterSizes:
+    """Read the sizes of a style adapter off its shapes.
+
+    Args:
+        shapes: key to shape, without prefixes such as "diffusion_model.".
+
+    Returns:
+        Sizes; that every tensor agrees with them is `check_keys`' matter.
+
+    Raises:
+        WeightsError: if a tensor that tells a size is missing.
+    """
+    what = "a style adapter"
+    width, style_width = _shape(shapes, "blocks.0.cross_attn.k_img.weight", 2, what)
+    _, local_tokens, patch_width = _shape(shapes, "style_model.style_emb", 3, what)
+    global_rows, global_width = _shape(shapes, "style_model.proj.weight", 2, what)
+    return AdapterSizes(
+        width=width,
+        num_blocks=_count(shapes, "blocks"),
+        style_width=style_width,
+        patch_width=patch_width,
+        num_layers=_count(shapes, "style_model.transformer_blocks.resblocks"),
+        local_tokens=local_tokens,
+        global_tokens=global_rows // style_width,
+        global_width=global_width,
+    )
+
+
+def controlnet_sizes(shapes: Mapping[str, Shape]) -> ControlNetSizes:
+    """Read the sizes of a gray-tile ControlNet off its shapes.
+
+    Args:
+        shapes: key to shape.
+
+    Returns:
+        Sizes; that every tensor agrees with them is `check_keys`' matter.
+
+    Raises:
+        WeightsError: if a tensor that tells a size is missing.
+    """
+    what = "a gray-tile ControlNet"
+    patch = _shape(shapes, "patch_embedding.weight", 5, what)
+    return ControlNetSizes(
+        width=patch[0],
+        ffn_width=_shape(shapes, "control_blocks.0.ffn.0.weight", 2, what)[0],
+        num_blocks=_count(shapes, "control_blocks"),
+        text_width=_shape(shapes, "text_embedding.0.weight", 2, what)[1],
+        freq_width=_shape(shapes, "time_embedding.0.weight", 2, what)[1],
+        in_channels=patch[1],
+        patch_size=(patch[2], patch[3], patch[4]),
+    )
+
+
+def _embedding_shapes(sizes: WanSizes | ControlNetSizes) -> dict[str, Shape]:
+    width = sizes.width
+    return (
+        {
+            "patch_embedding.weight": (width, sizes.in_channels, *sizes.patch_size),
+            "patch_embedding.bias": (width,),
+        }
+        | _linear("text_embedding.0", sizes.text_width, width)
+        | _linear("text_embedding.2", width, width)
+        | _linear("time_embedding.0", sizes.freq_width, width)
+        | _linear("time_embedding.2", width, width)
+        | _linear("time_projection.1", width, 6 * width)
+    )
+
+
+def _block_shapes(prefix: str, width: int, ffn_width: int) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {f"{prefix}modulation": (1, 6, width)}
+    for attention in ("self_attn", "cross_attn"):
+        for name in "qkvo":
+            shapes |= _linear(f"{prefix}{attention}.{name}", width, width)
+        shapes[f"{prefix}{attention}.norm_q.weight"] = (width,)
+        shapes[f"{prefix}{attention}.norm_k.weight"] = (width,)
+    shapes |= _layer_norm(f"{prefix}norm3", width)
+    shapes |= _linear(f"{prefix}ffn.0", width, ffn_width)
+    return shapes | _linear(f"{prefix}ffn.2", ffn_width, width)
+
+
+def _linear(name: str, in_features: int, out_features: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
+
+
+def _layer_norm(name: str, width: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    # Not the highest number: a lone "blocks.999999999." must not make a list that long.
+    return len({match.group(1) for key in shapes if (match := pattern.match(key))})
+
+
+def _shape(shapes: Mapping[str, Shape], key: str, dimensions: int, what: str) -> Shape:
+    shape = shapes.get(key)
+    if shape is None or len(shape) != dimensions:
+        came = "is missing" if shape is None else f"has the shape {tuple(shape)}"
+        raise WeightsError(
+            f"This is not {what}: {key} {came}, a tensor of {dimensions} dimensions was expected. "
+            "Choose a file of that kind, or download it again if it should be one."
+        )
+    return tuple(shape)
