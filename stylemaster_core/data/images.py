@@ -1,0 +1,177 @@
+"""Reading and writing images, and the pixels that CLIP looks at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import ConfigError, LayoutError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CropMode = Literal["center", "pad", "squash"]
+# Scaling the short side up makes the long one this much longer: thinner images exhaust the memory.
+MAX_ASPECT = 50
+
+
+@contextmanager
+def written_beside(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a path beside `path` to write to, renamed to `path` once the block has succeeded.
+
+    Raises:
+        ConfigError: if `path` exists and `overwrite` is false, or its folder is missing.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ConfigError(f"{path} exists already; choose another name or ask to overwrite it")
+    # The ending stays last: writers choose the format by it.
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield part
+        if path.exists() and not overwrite:
+            raise ConfigError(f"{path} appeared while it was being written; choose another name")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_image(image: np.ndarray) -> np.ndarray:
+    """Check that `image` is uint8 [H, W, 3] and not empty, and return it.
+
+    Raises:
+        LayoutError: for another type or shape, or no pixels.
+    """
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        kind = getattr(image, "dtype", type(image).__name__)
+        raise LayoutError(f"the image is {kind}; expected a numpy array of uint8 (0 to 255)")
+    if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise LayoutError(f"the image has shape {list(image.shape)}; expected [height, width, 3]")
+    return image
+
+
+def check_aspect(image: np.ndarray) -> np.ndarray:
+    """Check that `image` [H, W, 3] is not so thin that scaling its short side up is senseless.
+
+    Raises:
+        LayoutError: if one side is more than MAX_ASPECT times the other.
+    """
+    height, width, _ = check_image(image).shape
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise LayoutError(
+            f"the image of {height} x {width} pixels is too thin; cut it to a ratio below "
+            f"{MAX_ASPECT}:1"
+        )
+    return image
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Turn a Pillow image of any mode into uint8 [H, W, 3], upright, on white where transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit gray at 255 instead of scaling it.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read the first picture of an image file.
+
+    Returns:
+        uint8 [H, W, 3], turned upright by its EXIF orientation, transparency put on white.
+
+    Raises:
+        LayoutError: if the file is missing, empty, truncated, or no image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LayoutError(f"there is no image file {path}; check the path")
+    if path.stat().st_size == 0:
+        raise LayoutError(f"the image file {path} is empty (0 bytes); give another")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise LayoutError(
+            f"{path} is not an image that Pillow can read; give PNG or JPEG"
+        ) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise LayoutError(
+            f"the image {path} cannot be read ({error}); it may be damaged"
+        ) from error
+
+
+def write_image(path: str | Path, image: np.ndarray, *, overwrite: bool = False) -> None:
+    """Write a uint8 [H, W, 3] image; the ending of `path` decides the format.
+
+    Raises:
+        LayoutError: if `image` is not uint8 [H, W, 3].
+        ConfigError: if the ending is unknown, the folder is missing, or the file exists already.
+    """
+    picture = Image.fromarray(check_image(image))
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"no image format ends in {Path(path).suffix!r}; use .png, .jpg or .webp")
+    with written_beside(path, overwrite=overwrite) as part:
+        picture.save(part)
+
+
+def clip_pixels(image: np.ndarray, *, crop: CropMode = "center", size: int = 224) -> Tensor:
+    """Resize an image for CLIP and normalise it.
+
+    Args:
+        image: uint8 [H, W, 3].
+        crop: `center` fills the square and cuts the long side, as CLIP was trained and the release
+            does; `pad` keeps the whole image, the rest is CLIP's mean colour; `squash` distorts.
+        size: side of the square, pixels.
+
+    Returns:
+        float32 [3, size, size], normalised with CLIP's mean and standard deviation.
+
+    Raises:
+        LayoutError: if `image` is not uint8 [H, W, 3], or thinner than 50:1 where it is cut.
+        ConfigError: if `crop` is another word or `size` is below 1.
+
+    Source: transformers' CLIPImageProcessor (Pillow, bicubic); deviation: none for `center`.
+    """
+    height, width, _ = check_image(image).shape
+    if size < 1:
+        raise ConfigError(f"CLIP image size {size}; expected 1 or more (ViT-H/14 has 224)")
+    picture = Image.fromarray(image)
+    bicubic = Image.Resampling.BICUBIC
+    if crop == "squash":
+        return _normalise(np.asarray(picture.resize((size, size), bicubic)))
+    if crop == "center":
+        short = min(check_aspect(image).shape[:2])
+        new_width, new_height = int(size * width / short), int(size * height / short)
+        left, top = (new_width - size) // 2, (new_height - size) // 2
+        picture = picture.resize((new_width, new_height), bicubic)
+        return _normalise(np.asarray(picture.crop((left, top, left + size, top + size))))
+    if crop == "pad":
+        long = max(height, width)
+        new_width, new_height = (max(round(size * side / long), 1) for side in (width, height))
+        left, top = (size - new_width) // 2, (size - new_height) // 2
+        inner = _normalise(np.asarray(picture.resize((new_width, new_height), bicubic)))
+        pixels = torch.zeros(3, size, size)
+        pixels[:, top : top + new_height, left : left + new_width] = inner
+        return pixels
+    raise ConfigError(f"crop {crop!r}; expected center, pad or squash")
+
+
+def _normalise(pixels: np.ndarray) -> Tensor:
+    mean, std = (np.array(values, dtype=np.float32) for values in (CLIP_MEAN, CLIP_STD))
+    normalised = (pixels.astype(np.float32) / 255 - mean) / std
+    return torch.from_numpy(rearrange(normalised, "h w c -> c h w").copy())
