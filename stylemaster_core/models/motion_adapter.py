@@ -7,6 +7,7 @@ Wan has no temporal-only attention, so it sits on q, k, v and o of the 3D self-a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -103,6 +104,15 @@ class Attached:
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
+
+
+def attached_motion(transformer: Any, scale: float) -> AbstractContextManager[Any]:
+    """While this context is open, the transformer's own motion adapter (if it has one) acts at `scale`."""
+    adapter = transformer.motion_adapter
+    if adapter is None:
+        return nullcontext()
+    adapter.scale = scale
+    return adapter.attach(transformer)
 
 
 def motion_adapter_state_dict(adapter: MotionAdapter) -> dict[str, Tensor]:

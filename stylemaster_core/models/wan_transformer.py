@@ -25,12 +25,14 @@ from ..weights.state_dict import check_keys, native_to_diffusers, strip_prefix
 from .decoupled_attention import (
     BlockStyle,
     StyleAttention,
+    StyleKV,
     StyleRegion,
     attend,
     create_style_attention,
     region_masks,
     style_residual,
 )
+from .motion_adapter import MotionAdapter
 
 Rotary = tuple[Tensor, Tensor]
 TextKV = list[tuple[Tensor, Tensor]]  # per block: keys and values [B, L, D]
@@ -150,6 +152,13 @@ class StyledWanTransformer(WanTransformer3DModel):
 
     _no_split_modules = ["StyledWanBlock"]
     _repeated_blocks = ["StyledWanBlock"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embedding",
+        "condition_embedder",
+        "norm",
+        "style_attention",
+        "motion_adapter",
+    ]
 
     @register_to_config
     def __init__(
@@ -194,6 +203,7 @@ class StyledWanTransformer(WanTransformer3DModel):
         )
         self.norm_out = WideLayerNorm(width, eps, elementwise_affine=False)
         self.style_attention: StyleAttention | None = None
+        self.motion_adapter: MotionAdapter | None = None
 
     # ---- once per generation ---------------------------------------------------------------------
 
@@ -209,32 +219,39 @@ class StyledWanTransformer(WanTransformer3DModel):
         pairs = [block.text_keys_values(tokens) for block in self.blocks]
         return [(_expand(keys, batch), _expand(values, batch)) for keys, values in pairs]
 
-    def prepare_style(
-        self, regions: Sequence[StyleRegion] | None, grid: tuple[int, int, int], no_style: bool
-    ) -> list[BlockStyle] | None:
-        """Style of every block for token grid (t, h, w).
-
-        Args:
-            regions: styles of a styled branch; empty for a branch that has only "no style".
-            grid: tokens of the video.
-            no_style: whether rows and places without style attend to zero tokens (as the release does)
-                or skip the branch.
-        """
-        if regions is None:
-            return None
+    def style_keys_values(self, regions: Sequence[StyleRegion]) -> list[StyleKV]:
+        """Keys and values of styles, made once per generation."""
         if self.style_attention is None:
             raise WeightsError(
                 "a style was given, but this transformer was loaded without style weights "
                 "(blocks.N.cross_attn.k_img, v_img, norm_k_img); load a StyleMaster adapter"
             )
-        adapter = self.style_attention
-        pairs = [adapter(region) for region in regions]
-        masks = tuple(m.to(pairs[0].keys) for m in region_masks(regions, grid))
-        zero = adapter.no_style(regions) if no_style else None
+        return [self.style_attention(region) for region in regions]
+
+    def prepare_style(
+        self,
+        regions: Sequence[StyleRegion],
+        keys_values: Sequence[StyleKV],
+        masks: Sequence[Tensor],
+        no_style: bool,
+    ) -> list[BlockStyle]:
+        """Style of every block.
+
+        Args:
+            regions: styles.
+            keys_values: from `style_keys_values`, one per region.
+            masks: from `region_masks`.
+            no_style: whether rows and places without style attend to zero tokens (as the release does)
+                or skip the branch.
+        """
+        assert self.style_attention is not None
+        zero = self.style_attention.no_style(regions) if no_style else None
+        like = keys_values[0].keys
+        masks = tuple(mask.to(like) for mask in masks)
         return [
             BlockStyle(
-                tuple(kv.keys[i] for kv in pairs),
-                tuple(kv.values[i] for kv in pairs),
+                tuple(kv.keys[i] for kv in keys_values),
+                tuple(kv.values[i] for kv in keys_values),
                 masks,
                 None if zero is None else zero[i],
             )
@@ -287,8 +304,8 @@ class StyledWanTransformer(WanTransformer3DModel):
             raise LayoutError(
                 f"timestep must be [1] or [{latents.shape[0]}], got {list(timestep.shape)}"
             )
-        x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
-        hidden = rearrange(x, "b d t h w -> b (t h w) d").contiguous().to(self.compute_dtype)
+        x = self.patch_embedding(latents.to(self.compute_dtype))
+        hidden = rearrange(x, "b d t h w -> b (t h w) d").contiguous()
         embedder = self.condition_embedder
         wave = sinusoidal_embedding(timestep.to(latents.device), self.config.freq_dim)
         time = embedder.time_embedder(wave.to(embedder.time_embedder.linear_1.weight.dtype))
@@ -304,7 +321,7 @@ class StyledWanTransformer(WanTransformer3DModel):
         t, h, w = stem.grid
         pt, ph, pw = self.config.patch_size
         return rearrange(
-            self.proj_out(x.to(self.proj_out.weight.dtype)),
+            self.proj_out(x),
             "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
             t=t,
             h=h,
@@ -346,7 +363,11 @@ class StyledWanTransformer(WanTransformer3DModel):
         batch = latents.shape[0]
         text_kv = self.embed_text(text, batch) if isinstance(text, Tensor) else text
         regions = [StyleRegion(style)] if isinstance(style, Tensor) else style
-        prepared = self.prepare_style(regions, stem.grid, no_style=True)
+        prepared = None
+        if regions is not None:
+            keys_values = self.style_keys_values(regions)
+            masks = region_masks(regions, stem.grid)
+            prepared = self.prepare_style(regions, keys_values, masks, no_style=True)
         residuals = self._control_residuals(control, control_scale)
         hidden = stem.hidden
         for i, block in enumerate(self.blocks):

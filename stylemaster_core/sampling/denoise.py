@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
-from ..models.decoupled_attention import StyleRegion
+from ..models.decoupled_attention import StyleRegion, region_masks
 from .guidance import GuidanceWeights
 from .samplers import SamplerName, create_sampler
 from .schedules import TIMESTEPS, in_range
+from .windows import WindowConfig, blend_windows, plan_windows
 
 NullStyle = Literal["zero", "none"]
 
@@ -49,6 +50,7 @@ def denoise(
     sampler: SamplerName = "euler",
     null_style: NullStyle = "zero",
     batch_branches: bool = True,
+    windows: WindowConfig | None = None,
 ) -> Tensor:
     """Sample from `sigmas[0]` down to `sigmas[-1]` with guidance by text and style.
 
@@ -70,6 +72,7 @@ def denoise(
         null_style: the branches without style attend to all-zero tokens (`zero`, as the release does) or
             skip the style branch (`none`).
         batch_branches: run the guidance branches as one batch, or one by one to save memory.
+        windows: for long videos: overlapping windows of latent frames, blended at every step.
 
     Returns:
         [B, 16, t, h, w] latents in the dtype of the input.
@@ -84,30 +87,32 @@ def denoise(
         raise ConfigError("control needs both a control network and control latents; got only one")
     num_steps = len(sigmas) - 1
     regions = [StyleRegion(style)] if isinstance(style, Tensor) else list(style or [])
-    guidance = GuidanceWeights.of(text_scale, style_scale if regions else 0.0)
-    if not regions and text_scale == 1:
-        guidance = GuidanceWeights(0.0, 1.0, 0.0)
-    branches = _Branches(transformer, latents, text, negative_text, guidance, regions, null_style)
+    branches = _Branches(
+        transformer, latents, text, negative_text, text_scale, style_scale, regions, null_style
+    )
     control_text = None if controlnet is None else controlnet.prepare_text(text)
     steps = create_sampler(sampler, sigmas)
+    num_frames = latents.shape[2]
+    parts = plan_windows(num_frames, windows)
     for step in range(num_steps):
-        timestep = sigmas[step : step + 1].float() * TIMESTEPS
-        timestep = timestep.to(latents.device)
-        control = None
-        if controlnet is not None and control_scale and in_range(step, num_steps, *control_range):
-            control = controlnet(control_latents, timestep, control_text)
-        weights, prepared = branches.at(step, num_steps)
-        velocities = transformer.velocities(
-            latents,
-            timestep,
-            prepared,
-            control=control,
-            control_scale=control_scale,
-            batched=batch_branches,
-        )
-        velocity = sum(
-            weight * v.to(latents.dtype) for weight, v in zip(weights, velocities, strict=True)
-        )
+        timestep = (sigmas[step : step + 1].float() * TIMESTEPS).to(latents.device)
+        has_control = control_scale != 0 and in_range(step, num_steps, *control_range)
+        velocities = []
+        for window in parts:
+            control = None
+            if controlnet is not None and control_latents is not None and has_control:
+                control = controlnet(control_latents[:, :, window], timestep, control_text)
+            weights, prepared = branches.at(step, num_steps, window)
+            predicted = transformer.velocities(
+                latents[:, :, window],
+                timestep,
+                prepared,
+                control=control,
+                control_scale=control_scale,
+                batched=batch_branches,
+            )
+            velocities.append(_weighted_sum(weights, predicted, latents.dtype))
+        velocity = blend_windows(velocities, parts, num_frames, windows.overlap if windows else 0)
         sigma = float(sigmas[step])
         denoised = latents - sigma * velocity
         latents = steps.step(velocity, step, latents)
@@ -116,8 +121,17 @@ def denoise(
     return latents
 
 
+def _weighted_sum(
+    weights: Sequence[float], velocities: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    total = velocities[0].to(dtype) * weights[0]
+    for weight, velocity in zip(weights[1:], velocities[1:], strict=True):
+        total = total + velocity.to(dtype) * weight
+    return total
+
+
 class _Branches:
-    """The guidance branches that a step needs, with their weights; prepared once per set of active styles."""
+    """The guidance branches of each step and window; what they are made of is made once."""
 
     def __init__(
         self,
@@ -125,49 +139,58 @@ class _Branches:
         latents: Tensor,
         text: Tensor,
         negative_text: Tensor | None,
-        guidance: GuidanceWeights,
+        text_scale: float,
+        style_scale: float,
         regions: Sequence[StyleRegion],
         null_style: NullStyle,
     ) -> None:
         self.transformer = transformer
         self.grid = transformer.token_grid(latents)
-        self.guidance = guidance
+        self.guidance = GuidanceWeights.of(text_scale, style_scale if regions else 0.0)
         self.regions = regions
         self.no_style = null_style == "zero"
         batch = latents.shape[0]
-        self.text = (
-            transformer.embed_text(text, batch) if guidance.text or guidance.styled else None
-        )
-        self.negative = transformer.embed_text(negative_text, batch) if guidance.negative else None
-        self.cache: dict[tuple[int, ...], tuple[list[float], list[Any]]] = {}
+        self.text = transformer.embed_text(text, batch)
+        self.negative = None
+        if self.guidance.negative and negative_text is not None:
+            self.negative = transformer.embed_text(negative_text, batch)
+        self.keys_values = transformer.style_keys_values(regions) if regions else []
+        self.cache: dict[object, tuple[list[float], list[Any]]] = {}
 
-    def at(self, step: int, num_steps: int) -> tuple[list[float], list[Any]]:
+    def at(self, step: int, num_steps: int, window: slice) -> tuple[list[float], list[Any]]:
         """Weights and branches of a step."""
         active = tuple(
             i for i, r in enumerate(self.regions) if in_range(step, num_steps, r.start, r.end)
         )
-        if active not in self.cache:
-            self.cache[active] = self._prepare([self.regions[i] for i in active])
-        return self.cache[active]
+        key = (active, window.start)
+        if key not in self.cache:
+            self.cache[key] = self._prepare(active, window)
+        return self.cache[key]
 
-    def _prepare(self, active: list[StyleRegion]) -> tuple[list[float], list[Any]]:
+    def _prepare(self, active: tuple[int, ...], window: slice) -> tuple[list[float], list[Any]]:
         negative, text, styled = self.guidance
-        if not active:  # the style is off at this step: its branch equals that of the text
+        if not active:  # no style at this step: the styled branch equals that of the text
             text, styled = text + styled, 0.0
-        # Which styles "no style" stands for decides its strength; off-range it is that of all.
-        regions = active or self.regions or None
         wanted = [
             (negative, self.negative, False),
             (text, self.text, False),
             (styled, self.text, True),
         ]
-        chosen = [(w, kv, is_styled) for w, kv, is_styled in wanted if w != 0]
-        style = self.transformer.prepare_style(regions, self.grid, self.no_style)
-        branches = [
-            self.transformer.prepare_branch(kv, style, styled=is_styled)
-            for _, kv, is_styled in chosen
-        ]
-        return [w for w, _, _ in chosen], branches
+        wanted = [branch for branch in wanted if branch[0] != 0]
+        style = self._style(active or tuple(range(len(self.regions))), window)
+        prepare = self.transformer.prepare_branch
+        branches = [prepare(kv, style, styled=is_styled) for _, kv, is_styled in wanted]
+        return [weight for weight, _, _ in wanted], branches
+
+    def _style(self, indices: tuple[int, ...], window: slice) -> Any:
+        if not indices:
+            return None
+        regions = [self.regions[i] for i in indices]
+        tokens_per_frame = self.grid[1] * self.grid[2]
+        cut = slice(window.start * tokens_per_frame, window.stop * tokens_per_frame)
+        masks = [mask[:, cut] for mask in region_masks(regions, self.grid)]
+        keys_values = [self.keys_values[i] for i in indices]
+        return self.transformer.prepare_style(regions, keys_values, masks, self.no_style)
 
 
 def _check(

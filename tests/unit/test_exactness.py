@@ -203,11 +203,11 @@ def step_flop(net, num_branches, control=None):
     """FLOP of one step, with keys and values made beforehand."""
     latents, timestep, text, style = real_inputs()
     kv, negative = net.embed_text(text, 1), net.embed_text(text, 1)
-    grid, regions = net.token_grid(latents), [MetaRegion(style)]
+    regions = [MetaRegion(style)]
     wanted = [(negative, False), (kv, False), (kv, True)]
     if num_branches == 2:
         wanted = [wanted[0], wanted[2]]
-    prepared = net.prepare_style(regions, grid, True)
+    prepared = net.prepare_style(regions, net.style_keys_values(regions), (), True)
     branches = [net.prepare_branch(t, prepared, styled=s) for t, s in wanted]
     return count(lambda: net.velocities(latents, timestep, branches))
 

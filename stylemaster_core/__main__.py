@@ -1,0 +1,7 @@
+"""`python -m stylemaster_core` is `stylemaster`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,50 @@
+"""`stylemaster inspect-style`: a picture of what the style encoder sees and keeps."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .model_options import add_model_options, open_models
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `inspect-style` to the command line."""
+    from .style_options import add_texture_options
+
+    parser = subparsers.add_parser(
+        "inspect-style", help="a PNG that shows which patches were kept", description=__doc__
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("image", type=Path, help="style picture")
+    parser.add_argument("output", type=Path, help=".png")
+    parser.add_argument("--prompt", default="", help="of the generation; the selection ranks by it")
+    add_texture_options(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `stylemaster inspect-style`."""
+    from ..data.images import read_image, write_image
+    from ..pipelines.encode_style import encode_style
+    from ..pipelines.pictures import selection_picture
+    from .style_options import texture_config
+
+    image, config = read_image(args.image), texture_config(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        models = open_models(args, Path(scratch))
+        encoded = encode_style(models, image, args.prompt, config, name=args.image.name)
+    picture = selection_picture(
+        image, encoded.similarity[0], encoded.kept[0], encoded.shuffled, crop=config.crop
+    )
+    write_image(args.output, picture, overwrite=args.overwrite)
+    kept = int(encoded.kept.sum())
+    sys.stdout.write(
+        f"wrote {args.output}: {kept} of {encoded.kept.numel()} patches kept; from left: what CLIP sees, "
+        "similarity to the prompt (bright: similar), kept patches lit, shuffled picture\n"
+    )
+    return 0

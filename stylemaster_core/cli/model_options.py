@@ -1,0 +1,115 @@
+"""Options by which every subcommand finds its models."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from ..errors import WeightsError
+from ..pipelines.models import ModelFiles, Models
+
+RANDOM = "small-random"
+# Where ComfyUI users already have the files; the first that exists is taken.
+DEFAULT_FILES: dict[str, tuple[str, ...]] = {
+    "transformer": ("diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",),
+    "adapter": ("stylemaster/stylemaster_adapter.safetensors",),
+    "controlnet": (
+        "controlnet/stylemaster_controlnet.safetensors",
+        "stylemaster/controlnet.safetensors",
+    ),
+    "vae": ("vae/wan_2.1_vae.safetensors",),
+    "text_encoder": (
+        "text_encoders/umt5_xxl_fp16.safetensors",
+        "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    ),
+    "image_encoder": ("clip_vision/clip_vision_h.safetensors",),
+}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options for files, device and memory."""
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "--model",
+        choices=("wan2.1-1.3b", RANDOM),
+        default="wan2.1-1.3b",
+        help=f"{RANDOM}: small random weights, for trying things out; the result is noise",
+    )
+    group.add_argument(
+        "--models-dir",
+        type=Path,
+        help="folder laid out as ComfyUI's models; default: $COMFYUI_PATH/models or ./models",
+    )
+    for field in fields(ModelFiles):
+        option = "--" + field.name.replace("_", "-")
+        group.add_argument(option, type=Path, metavar="PATH", help="file or folder")
+    memory = parser.add_argument_group("device and memory")
+    memory.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    memory.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    memory.add_argument(
+        "--offload", default="none", choices=("none", "layers"), help="move layers as needed"
+    )
+    memory.add_argument(
+        "--storage", default="compute", choices=("compute", "float8"), help="of the transformer"
+    )
+    memory.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+
+
+def open_models(args: argparse.Namespace, random_dir: Path | None = None) -> Models:
+    """The models that the options name; those that were not named are looked for.
+
+    Args:
+        args: parsed options.
+        random_dir: where small random weights are written, if they are asked for.
+    """
+    given = {f.name: getattr(args, f.name) for f in fields(ModelFiles)}
+    for name, path in given.items():
+        if path is not None and not path.exists():
+            raise WeightsError(f"--{name.replace('_', '-')}: {path} does not exist")
+    found = _random_files(random_dir) if args.model == RANDOM else _find(_models_dir(args), given)
+    return Models(
+        ModelFiles(**(found | {k: v for k, v in given.items() if v is not None})),
+        device=args.device,
+        dtype=args.dtype,
+        offload=args.offload,
+        storage=args.storage,
+        compile_blocks=args.compile,
+    )
+
+
+def _models_dir(args: argparse.Namespace) -> Path:
+    if args.models_dir is not None:
+        if not args.models_dir.is_dir():
+            raise WeightsError(f"--models-dir: {args.models_dir} is no folder")
+        return args.models_dir
+    root = os.environ.get("COMFYUI_PATH")
+    return Path(root) / "models" if root else Path("models")
+
+
+def _find(folder: Path, given: dict[str, Path | None]) -> dict[str, Path]:
+    found = {}
+    for name, candidates in DEFAULT_FILES.items():
+        if given[name] is None:
+            existing = [folder / path for path in candidates if (folder / path).exists()]
+            if existing:
+                found[name] = existing[0]
+    return found
+
+
+def _random_files(folder: Path | None) -> dict[str, Path]:
+    from ..models.small import write_small_models
+
+    if folder is None:
+        raise WeightsError(f"this command needs real weights, not --model {RANDOM}")
+    sys.stderr.write("Small RANDOM weights: every step runs, the result is noise, not a style.\n")
+    small = write_small_models(folder)
+    return {
+        "transformer": small.stylemaster,
+        "controlnet": small.controlnet,
+        "vae": small.vae,
+        "text_encoder": small.text_encoder,
+        "image_encoder": small.image_encoder,
+    }

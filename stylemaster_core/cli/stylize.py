@@ -1,0 +1,210 @@
+"""`stylemaster stylize`: generate or restyle a video or image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from ..errors import ConfigError
+from ..sampling.samplers import SamplerName
+from .model_options import add_model_options, open_models
+
+if TYPE_CHECKING:
+    from ..data.videos import VideoClip
+    from ..pipelines.stylize import StylizeConfig
+
+GENERATED_FPS = Fraction(16)  # Wan 2.1's frame rate
+TASKS = ("text-to-video", "video-to-video", "text-to-image", "image-to-image")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `stylize` to the command line."""
+    from .style_options import add_style_options
+
+    parser = subparsers.add_parser(
+        "stylize", help="generate or restyle a video or image", description=__doc__
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("output", type=Path, help=".mp4, .mov, .mkv or .webm; .png for an image")
+    parser.add_argument("--task", choices=TASKS, help="default: follows from --video or --image")
+    parser.add_argument("--video", type=Path, help="video to restyle; its rate and audio are kept")
+    parser.add_argument("--image", type=Path, help="image to restyle")
+    parser.add_argument("--prompt", default="", help="what the result shows")
+    parser.add_argument("--negative-prompt", default="")
+    add_style_options(parser)
+    group = parser.add_argument_group("generation")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--steps", type=int, default=50)
+    group.add_argument("--sampler", default="euler", choices=get_args(SamplerName))
+    group.add_argument("--shift", type=float, default=5.0)
+    group.add_argument("--text-scale", type=float, default=8.0, help="guidance by the prompt")
+    group.add_argument("--style-scale", type=float, help="guidance by the style; 4, with control 3")
+    group.add_argument("--style-strength", type=float, default=1.0, help="of the style branch")
+    group.add_argument("--style-range", type=_range, default=(0.0, 1.0), metavar="START:END")
+    group.add_argument("--denoise", type=float, default=1.0, help="below 1: start from the input")
+    group.add_argument("--no-control", action="store_true", help="no gray-tile control")
+    group.add_argument("--control-scale", type=float, default=1.0)
+    group.add_argument("--control-range", type=_range, default=(0.0, 0.7), metavar="START:END")
+    group.add_argument("--tile-factor", type=int, default=8)
+    group.add_argument("--motion-scale", type=float, default=-0.3, help="with --motion-adapter")
+    group.add_argument("--size", type=_size, metavar="WxH", help="default: the input's, or 832x480")
+    group.add_argument("--frames", type=int, help="text-to-video: number of frames; default 81")
+    group.add_argument("--start-frame", type=int, default=0, help="of the input video")
+    group.add_argument("--max-frames", type=int, help="of the input video")
+    group.add_argument("--window", type=int, default=81, help="frames per window of long videos")
+    group.add_argument("--window-overlap", type=int, default=28, help="frames")
+    group.add_argument("--batch-branches", action="store_true", help="faster, more memory")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--json", action="store_true", help="result as one line of JSON")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `stylemaster stylize`."""
+    from tqdm import tqdm
+
+    from ..data.videos import VIDEO_CODECS, write_video
+    from ..pipelines.stylize import stylize
+    from .style_options import open_style
+
+    started = time.perf_counter()
+    task = _task(args)
+    if args.output.exists() and not args.overwrite:
+        raise ConfigError(f"{args.output} exists; choose another name, or pass --overwrite")
+    wanted = {".png"} if task.endswith("image") else set(VIDEO_CODECS)
+    if args.output.suffix.lower() not in wanted:
+        raise ConfigError(f"{task} writes {', '.join(sorted(wanted))}; got {args.output.name!r}")
+    clip = _read_input(args, task)
+    config = _config(args, task)
+    _say(args, f"{task}: {args.output.name}")
+    with tempfile.TemporaryDirectory() as scratch:
+        models = open_models(args, Path(scratch))
+        style = open_style(args, models, args.prompt)
+        bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
+        try:
+            result = stylize(
+                models,
+                style,
+                config,
+                frames=None if clip is None else clip.frames,
+                callback=lambda progress: bar.update() and None,
+                stage=lambda name: _say(args, name),
+            )
+        finally:
+            bar.close()
+    write_video(
+        args.output,
+        result.frames,
+        fps=GENERATED_FPS if clip is None else clip.fps,
+        audio_from=None if clip is None else clip.audio_from,
+        audio_start_s=0.0 if clip is None else clip.start_s,
+        overwrite=args.overwrite,
+    )
+    seconds = round(time.perf_counter() - started, 2)
+    num_frames, height, width, _ = result.frames.shape
+    if args.json:
+        report = {
+            "task": task,
+            "output": str(args.output),
+            "frames": num_frames,
+            "height": height,
+            "width": width,
+            "seed": config.seed,
+            "device": str(models.device),
+            "seconds": seconds,
+        }
+        sys.stdout.write(json.dumps(report) + "\n")
+    else:
+        _say(args, f"wrote {args.output}: {num_frames} frames of {width} x {height}, {seconds} s")
+    return 0
+
+
+def _task(args: argparse.Namespace) -> str:
+    """The task that the inputs mean; an explicit one must agree with them."""
+    if args.video and args.image:
+        raise ConfigError("give a --video or an --image to restyle, not both")
+    is_image = args.output.suffix.lower() == ".png"
+    source = "video" if args.video else "image" if args.image else "text"
+    implied = {
+        "video": "video-to-video",
+        "image": "image-to-image",
+        "text": "text-to-image" if is_image else "text-to-video",
+    }[source]
+    if args.task and args.task != implied:
+        raise ConfigError(
+            f"--task {args.task} does not fit the inputs, which mean {implied} "
+            "(--video, --image and the ending of the output decide)"
+        )
+    return implied
+
+
+def _read_input(args: argparse.Namespace, task: str) -> VideoClip | None:
+    from ..data.images import read_image
+    from ..data.videos import VideoClip, read_video
+
+    if args.video:
+        return read_video(args.video, start_frame=args.start_frame, max_frames=args.max_frames)
+    if args.start_frame or args.max_frames:
+        raise ConfigError("--start-frame and --max-frames belong to --video")
+    if args.image:
+        return VideoClip(read_image(args.image)[None], GENERATED_FPS)
+    return None
+
+
+def _config(args: argparse.Namespace, task: Any) -> StylizeConfig:
+    from ..pipelines.stylize import StylizeConfig
+    from ..sampling.windows import WindowConfig
+
+    if args.window < 1 or args.window_overlap < 0:
+        raise ConfigError("--window must be at least 1 frame and --window-overlap not negative")
+    return StylizeConfig(
+        task=task,
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        size=args.size,
+        num_frames=args.frames,
+        seed=args.seed,
+        num_steps=args.steps,
+        shift=args.shift,
+        sampler=args.sampler,
+        text_scale=args.text_scale,
+        style_scale=args.style_scale,
+        style_strength=args.style_strength,
+        style_range=args.style_range,
+        denoise=args.denoise,
+        control=not args.no_control,
+        control_scale=args.control_scale,
+        control_range=args.control_range,
+        tile_factor=args.tile_factor,
+        motion_scale=args.motion_scale,
+        windows=WindowConfig((args.window - 1) // 4 + 1, args.window_overlap // 4),
+        batch_branches=args.batch_branches,
+    )
+
+
+def _range(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"([0-9.]+):([0-9.]+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; write START:END, e.g. 0.0:0.7")
+    return float(match[1]), float(match[2])
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT, e.g. 832x480")
+    return int(match[2]), int(match[1])
+
+
+def _say(args: argparse.Namespace, text: str) -> None:
+    if not args.json:
+        sys.stderr.write(text + "\n")
+
+

@@ -1,0 +1,109 @@
+"""A style that can be kept, shared and mixed: tokens with their provenance, without the picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, LayoutError, WeightsError
+from ..weights.files import read_state_dict, write_state_dict
+
+FORMAT = "stylemaster-style-1"
+BlendMode = Literal["mean", "concatenate"]
+
+
+@dataclass(frozen=True)
+class Style:
+    """Style tokens and where they come from.
+
+    Attributes:
+        tokens: [1, S, D].
+        provenance: plain JSON values: picture names and hashes, prompt, selection, seeds, adapter.
+    """
+
+    tokens: Tensor
+    provenance: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3 or self.tokens.shape[0] != 1 or 0 in self.tokens.shape:
+            raise LayoutError(f"a style is [1, S, D] tokens, got {list(self.tokens.shape)}")
+        if not torch.isfinite(self.tokens).all():
+            raise LayoutError("the style tokens hold NaN or infinity; encode the style image again")
+
+
+def blend_styles(
+    styles: Sequence[Style], weights: Sequence[float] | None = None, mode: BlendMode = "mean"
+) -> Style:
+    """Mix several styles into one.
+
+    Args:
+        styles: at least one, of one width; for `mean` of one number of tokens, too.
+        weights: one per style, not negative, not all 0; None for equal weights. Only for `mean`.
+        mode: `mean` is the weighted mean of the tokens; `concatenate` lets the video attend to the tokens of all.
+
+    Raises:
+        ConfigError: for weights that cannot work.
+        LayoutError: for styles that do not fit together.
+    """
+    if mode not in get_args(BlendMode):
+        raise ConfigError(f"the blend {mode!r} is unknown; use one of {get_args(BlendMode)}")
+    if not styles:
+        raise ConfigError("nothing to blend: give at least one style")
+    weights = list(weights) if weights is not None else [1.0] * len(styles)
+    if len(weights) != len(styles):
+        raise ConfigError(f"got {len(weights)} weights for {len(styles)} styles; give one for each")
+    if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise ConfigError(f"weights must not be negative and not all 0, got {weights}")
+    shapes = {tuple(style.tokens.shape[1:]) for style in styles}
+    if len({shape[-1] for shape in shapes}) > 1 or (mode == "mean" and len(shapes) > 1):
+        raise LayoutError(
+            f"styles of shapes {sorted(shapes)} cannot be blended; encode them with one adapter"
+        )
+    if mode == "concatenate" and len(set(weights)) > 1:
+        raise ConfigError("concatenated styles have no weights; use the mean, or equal weights")
+    provenance: dict[str, object] = {
+        "blend": mode,
+        "weights": weights,
+        "styles": [style.provenance for style in styles],
+    }
+    if mode == "concatenate":
+        return Style(torch.cat([style.tokens for style in styles], dim=1), provenance)
+    total = sum(weights)
+    tokens = sum(s.tokens.float() * (w / total) for s, w in zip(styles, weights, strict=True))
+    assert isinstance(tokens, Tensor)
+    return Style(tokens.to(styles[0].tokens.dtype), provenance)
+
+
+def save_style(path: str | Path, style: Style, *, overwrite: bool = False) -> Path:
+    """Write a style as safetensors; its provenance goes into the header.
+
+    Raises:
+        WeightsError: if the file exists and `overwrite` is False, or cannot be written.
+    """
+    metadata = {"format": FORMAT, "provenance": json.dumps(style.provenance)}
+    return write_state_dict(path, {"style_tokens": style.tokens}, metadata, overwrite=overwrite)
+
+
+def load_style(path: str | Path) -> Style:
+    """Read a style written by `save_style`.
+
+    Raises:
+        WeightsError: if the file is missing, damaged or something else.
+    """
+    file = read_state_dict(path)
+    if set(file.tensors) != {"style_tokens"}:
+        from ..weights.state_dict import describe_kind, detect_kind, shapes_of
+
+        kind = describe_kind(detect_kind(shapes_of(file.tensors)))
+        raise WeightsError(f"{path} is no saved style, but {kind}; save one with encode-style")
+    try:
+        provenance = json.loads(file.metadata.get("provenance", "{}"))
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path}: the provenance in its header is damaged: {error}") from error
+    return Style(file.tensors["style_tokens"], provenance)

@@ -1,0 +1,1 @@
+"""From files to frames: loading, style encoding, and the main path `stylize`."""

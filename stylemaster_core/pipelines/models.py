@@ -1,0 +1,304 @@
+"""The models of a generation: where their files are, and how each is borrowed and given back."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UnsupportedHostError, WeightsError
+
+if TYPE_CHECKING:
+    from ..models.clip_text import ClipText
+    from ..models.gray_tile_controlnet import GrayTileControlNet
+    from ..models.image_encoder import ImageEncoder
+    from ..models.style_projector import StyleProjector
+    from ..models.text_encoder import TextEncoder
+    from ..models.vae import WanVAE
+    from ..models.wan_transformer import StyledWanTransformer
+
+logger = logging.getLogger("stylemaster")
+
+Offload = Literal["none", "layers"]
+Storage = Literal["compute", "float8"]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Paths of weight files or folders; what a task does not need may be None.
+
+    Attributes:
+        transformer: the whole release (`stylemaster.ckpt`), or a Wan 2.1 T2V base in ComfyUI's, Wan's own or
+            diffusers' format (file or folder).
+        vae: Wan VAE, file or folder.
+        text_encoder: UMT5-XXL, file or folder.
+        image_encoder: CLIP ViT-H/14 vision tower, file or folder.
+        adapter: StyleMaster adapter, unless `transformer` is the whole release.
+        controlnet: gray-tile ControlNet.
+        motion_adapter: motion LoRA.
+        clip_text: CLIP ViT-H/14 text tower; only texture mode `paper` needs it.
+        tokenizer: of the text encoder, unless it lies in or beside its file.
+    """
+
+    transformer: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    image_encoder: Path | None = None
+    adapter: Path | None = None
+    controlnet: Path | None = None
+    motion_adapter: Path | None = None
+    clip_text: Path | None = None
+    tokenizer: Path | None = None
+
+    def need(self, name: str, purpose: str) -> Path:
+        """Path of a file that a task cannot do without.
+
+        Raises:
+            WeightsError: if it was not given.
+        """
+        path = getattr(self, name)
+        if path is None:
+            raise WeightsError(
+                f"{purpose} needs the {name.replace('_', ' ')}, and no file was given for it; "
+                f"pass --{name.replace('_', '-')} (or ModelFiles({name}=...)), or get it with "
+                "`stylemaster weights download`"
+            )
+        return Path(path)
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        UnsupportedHostError: for a device that is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedHostError(
+            f"the device {device!r} cannot be used here: {error}; use auto, cuda, mps or cpu"
+        ) from error
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16, except on the CPU, where float32 is faster.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in names:
+        raise ConfigError(f"the dtype {dtype!r} is unknown; use auto, {', '.join(names)}")
+    return names[dtype]
+
+
+class Models:
+    """Loads each model when it is borrowed and frees it when it is given back.
+
+    A generation uses its models one after another, so only one of them need be in memory at a time;
+    `keep_loaded` trades that for speed when several generations follow.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        keep_loaded: bool = False,
+        offload: Offload = "none",
+        storage: Storage = "compute",
+        compile_blocks: bool = False,
+    ) -> None:
+        """Remember the files; nothing is loaded yet.
+
+        Args:
+            files: where the weights are.
+            device: auto, cuda, mps or cpu.
+            dtype: auto, float32, float16 or bfloat16.
+            keep_loaded: keep models in memory between uses.
+            offload: `layers` keeps the transformer in main memory and moves layers as needed.
+            storage: `float8` keeps the transformer's weights in 8 bits and computes in `dtype`.
+            compile_blocks: compile the transformer's blocks.
+        """
+        if offload not in get_args(Offload) or storage not in get_args(Storage):
+            raise ConfigError(
+                f"offload must be one of {get_args(Offload)} and storage one of {get_args(Storage)}, "
+                f"got {offload!r} and {storage!r}"
+            )
+        self.files = files
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.keep_loaded = keep_loaded
+        self.offload = offload
+        self.storage = storage
+        self.compile_blocks = compile_blocks
+        self._kept: dict[str, Any] = {}
+
+    @contextmanager
+    def _borrow(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
+        if name not in self._kept:
+            logger.debug("loading the %s", name.replace("_", " "))
+            self._kept[name] = load()
+        try:
+            yield self._kept[name]
+        finally:
+            if not self.keep_loaded:
+                self._kept.pop(name, None)
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+    @contextmanager
+    def text_encoder(self) -> Iterator[TextEncoder]:
+        from ..models.text_encoder import load_text_encoder
+
+        path = self.files.need("text_encoder", "A prompt")
+        # UMT5 overflows in float16.
+        dtype = torch.bfloat16 if self.dtype == torch.float16 else self.dtype
+        with self._borrow(
+            "text_encoder",
+            lambda: load_text_encoder(path, self.files.tokenizer, device=self.device, dtype=dtype),
+        ) as model:
+            yield model
+
+    @contextmanager
+    def image_encoder(self) -> Iterator[ImageEncoder]:
+        from ..models.image_encoder import load_image_encoder
+
+        path = self.files.need("image_encoder", "A style image")
+        with self._borrow(
+            "image_encoder",
+            lambda: load_image_encoder(path, device=self.device, dtype=torch.float32),
+        ) as model:
+            yield model
+
+    @contextmanager
+    def clip_text(self) -> Iterator[ClipText]:
+        from ..models.clip_text import load_clip_text
+
+        path = self.files.need("clip_text", "Texture selection 'paper'")
+        with self._borrow(
+            "clip_text", lambda: load_clip_text(path, device=self.device, dtype=torch.float32)
+        ) as model:
+            yield model
+
+    @contextmanager
+    def vae(self) -> Iterator[WanVAE]:
+        from ..models.vae import load_vae
+
+        path = self.files.need("vae", "A video")
+        with self._borrow(
+            "vae", lambda: load_vae(path, device=self.device, dtype=self.dtype)
+        ) as model:
+            yield model
+
+    @contextmanager
+    def style_projector(self) -> Iterator[StyleProjector]:
+        with self._borrow("style_projector", self._load_projector) as model:
+            yield model
+
+    @contextmanager
+    def transformer(self) -> Iterator[StyledWanTransformer]:
+        with self._borrow("transformer", self._load_transformer) as model:
+            yield model
+
+    @contextmanager
+    def controlnet(self) -> Iterator[GrayTileControlNet]:
+        from ..models.gray_tile_controlnet import load_gray_tile_controlnet
+
+        path = self.files.need("controlnet", "Gray-tile control")
+
+        def load() -> GrayTileControlNet:
+            weights = _read(path, {"gray_tile_controlnet"}, "a gray-tile ControlNet")
+            return load_gray_tile_controlnet(self._cast(weights)).to(self.device)
+
+        with self._borrow("controlnet", load) as model:
+            yield model
+
+    def _load_projector(self) -> StyleProjector:
+        from ..models.style_projector import load_style_projector
+        from ..weights.files import read_state_dict
+
+        path = self.files.adapter or self.files.need("transformer", "A style")
+        weights = _read(path, {"stylemaster", "style_adapter"}, "a StyleMaster adapter")
+        metadata = read_state_dict(path).metadata if path.is_file() else {}
+        prefix = "style_model."
+        style = {k[len(prefix) :]: v.float() for k, v in weights.items() if k.startswith(prefix)}
+        heads = int(metadata.get("style_num_heads", 8))
+        return load_style_projector(style, num_heads=heads).to(self.device)
+
+    def _load_transformer(self) -> StyledWanTransformer:
+        from ..models.motion_adapter import load_motion_adapter
+        from ..models.wan_transformer import load_transformer
+        from ..weights.state_dict import strip_prefix, style_path_report
+
+        path = self.files.need("transformer", "Every task")
+        kinds = {"stylemaster", "wan_native", "wan_diffusers"}
+        weights = strip_prefix(_read(path, kinds, "a Wan 2.1 text-to-video transformer"))
+        if self.files.adapter is not None:
+            adapter = _read(self.files.adapter, {"style_adapter", "stylemaster"}, "an adapter")
+            weights = {k: v for k, v in weights.items() if "_img." not in k}
+            weights |= {k: v for k, v in strip_prefix(adapter).items() if "_img." in k}
+        if any("_img." in key for key in weights):
+            report = style_path_report(weights)
+            if report.is_uniform:
+                logger.warning(report.message)
+        model = load_transformer(self._cast(weights))
+        if self.storage == "float8":
+            model.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
+        if self.offload == "layers" and self.device.type != "cpu":
+            model.enable_group_offload(
+                onload_device=self.device, offload_device=torch.device("cpu"), offload_type="leaf_level"
+            )
+        else:
+            model.to(self.device)
+        if self.files.motion_adapter is not None:
+            motion = _read(self.files.motion_adapter, {"motion_adapter"}, "a motion adapter")
+            model.motion_adapter = load_motion_adapter(self._cast(motion)).to(self.device)
+        if self.compile_blocks:
+            model.compile_repeated_blocks(fullgraph=True)
+        return model
+
+    def _cast(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.dtype) for key, value in weights.items()}
+
+
+def _read(path: Path, kinds: set[str], wanted: str) -> dict[str, Tensor]:
+    """State dict of a file, or of all safetensors of a folder, of one of the given kinds."""
+    from ..weights.files import read_state_dict
+    from ..weights.state_dict import describe_kind, detect_kind, shapes_of, strip_prefix
+
+    path = Path(path)
+    if path.is_dir():
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise WeightsError(
+                f"{path} holds no .safetensors files; expected {wanted} (a file, or a folder in "
+                "diffusers' format)"
+            )
+    else:
+        files = [path]
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= read_state_dict(file).tensors
+    kind = detect_kind(shapes_of(strip_prefix(weights)))
+    if kind not in kinds:
+        raise WeightsError(f"{path} is {describe_kind(kind)}; expected {wanted}")
+    return weights

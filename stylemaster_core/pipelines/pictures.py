@@ -1,0 +1,51 @@
+"""Pictures that explain a style: what was seen, ranked and kept."""
+
+from __future__ import annotations
+
+import numpy as np
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from ..data.images import CLIP_MEAN, CLIP_STD, CropMode, clip_pixels
+
+SIDE_PX = 256
+UNLIT = 0.15  # brightness of patches that were not kept
+
+
+def selection_picture(
+    image: np.ndarray,
+    similarity: Tensor,
+    kept: Tensor,
+    shuffled: np.ndarray,
+    *,
+    crop: CropMode = "center",
+) -> np.ndarray:
+    """Four panels: what CLIP sees, similarity to the prompt, kept patches lit, shuffled picture.
+
+    Args:
+        image: uint8 [H, W, 3] style picture.
+        similarity: [h, w] from `relevance_map`.
+        kept: [h, w] bool.
+        shuffled: uint8 [H, W, 3].
+        crop: as used for encoding.
+
+    Returns:
+        uint8 [256, 1024, 3].
+    """
+    seen = _panel(_clip_view(image, crop), Image.Resampling.BICUBIC)
+    spread = (similarity.max() - similarity.min()).clamp(min=1e-8)
+    levels = ((similarity - similarity.min()) / spread * 255).byte().numpy()
+    heat = _panel(np.repeat(levels[..., None], 3, axis=2), Image.Resampling.NEAREST)
+    light = _panel(np.repeat(kept.byte().numpy()[..., None] * 255, 3, axis=2), Image.Resampling.NEAREST)
+    lit = (seen * (UNLIT + (1 - UNLIT) * (light / 255.0))).astype(np.uint8)
+    return np.concatenate([seen, heat, lit, _panel(_clip_view(shuffled, crop))], axis=1)
+
+
+def _clip_view(image: np.ndarray, crop: CropMode) -> np.ndarray:
+    pixels = rearrange(clip_pixels(image, crop=crop).numpy(), "c h w -> h w c")
+    return ((pixels * CLIP_STD + CLIP_MEAN) * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _panel(image: np.ndarray, how: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((SIDE_PX, SIDE_PX), how))

@@ -1,0 +1,231 @@
+"""The main path: style picture, prompt and perhaps a video in, stylized video out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.gray_tile import cover_resize_frames, gray_tile
+from ..errors import ConfigError, LayoutError
+from ..layouts import Padding, check_frames, frames_to_video, latent_shape, pad_video
+from ..layouts import fit_size, padded_num_frames, video_to_frames
+from ..models.decoupled_attention import StyleRegion
+from ..models.motion_adapter import attached_motion
+from ..models.style_tokens import Style
+from ..sampling.denoise import Callback, denoise
+from ..sampling.samplers import SamplerName
+from ..sampling.schedules import add_noise, flow_match_sigmas
+from ..sampling.windows import WindowConfig
+from .models import Models
+
+Task = Literal["text-to-video", "video-to-video", "text-to-image", "image-to-image"]
+DEFAULT_SIZE = (480, 832)
+DEFAULT_NUM_FRAMES = 81
+
+
+@dataclass(frozen=True)
+class StylizeConfig:
+    """Settings of a generation; the defaults are the release's."""
+
+    task: Task
+    prompt: str = ""
+    negative_prompt: str = ""
+    size: tuple[int, int] | None = None  # (height, width) px; None: the input's, else 480 x 832
+    num_frames: int | None = None  # text-to-video: 81; else the input's
+    seed: int = 0
+    num_steps: int = 50
+    shift: float = 5.0
+    sampler: SamplerName = "euler"
+    text_scale: float = 8.0
+    style_scale: float | None = None  # None: 4, with control 3
+    style_strength: float = 1.0  # of the whole style branch
+    style_range: tuple[float, float] = (0.0, 1.0)
+    block_scales: tuple[float, ...] | None = None
+    denoise: float = 1.0  # below 1: start from the input video
+    control: bool = True  # gray-tile control of a given video or image
+    control_scale: float = 1.0
+    control_range: tuple[float, float] = (0.0, 0.7)
+    tile_factor: int = 8
+    motion_scale: float = -0.3
+    windows: WindowConfig | None = field(default_factory=WindowConfig)
+    batch_branches: bool = False
+
+
+class Stylized(NamedTuple):
+    frames: np.ndarray  # uint8 [T, H, W, 3], of the input's size and length
+    latents: Tensor  # [1, 16, t, h, w] normalised, before cutting back
+
+
+@torch.no_grad()
+def stylize(
+    models: Models,
+    style: Style | Sequence[StyleRegion] | None,
+    config: StylizeConfig,
+    *,
+    frames: np.ndarray | None = None,
+    callback: Callback | None = None,
+    stage: Callable[[str], None] = lambda name: None,
+) -> Stylized:
+    """Generate or restyle a video (or a single image).
+
+    Args:
+        models: where the models come from.
+        style: from `encode_style` or `load_style`; regions for several styles with masks or time ranges; None
+            generates without style.
+        config: task and settings.
+        frames: uint8 [T, H, W, 3] input of video-to-video and image-to-image; any size and length.
+        callback: called after each step with `StepProgress`; an exception from it ends the generation.
+        stage: called with the name of each stage.
+
+    Returns:
+        frames of the input's (or the asked) size and length.
+
+    Raises:
+        ConfigError, LayoutError, WeightsError: for options, inputs or files that cannot work.
+
+    Source: StyleMaster, sec. 3; deviation: any size and length (padded and cut back), long videos by windows.
+    """
+    source, padding = _prepare_frames(config, frames)
+    t, h, w = latent_shape(*_padded_size(padding))
+    regions = _regions(style, config)
+
+    stage("encoding the prompt")
+    with models.text_encoder() as text_encoder:
+        text = text_encoder.encode([config.prompt]).to(models.device)
+        negative = text_encoder.encode([config.negative_prompt]).to(models.device)
+
+    control_latents = clean = None
+    if source is not None:
+        stage("encoding the video")
+        with models.vae() as vae:
+            if config.control:
+                tile = gray_tile(source, *source.shape[1:3], factor=config.tile_factor)
+                control_latents = vae.encode(tile[None])
+            if config.denoise < 1:
+                clean = vae.encode(frames_to_video(source))
+
+    sigmas = flow_match_sigmas(config.num_steps, shift=config.shift, denoise=config.denoise)
+    generator = torch.Generator("cpu").manual_seed(config.seed)
+    latents = torch.randn(1, 16, t, h, w, generator=generator).to(models.device)
+    if clean is not None:
+        latents = add_noise(clean, latents, sigmas[0].item())
+
+    stage("sampling")
+    use_control = control_latents is not None
+    with models.transformer() as transformer:
+        motion = attached_motion(transformer, config.motion_scale)
+        with motion, models.controlnet() if use_control else nullcontext() as controlnet:
+            latents = denoise(
+                transformer,
+                latents,
+                sigmas=sigmas,
+                text=text,
+                negative_text=negative,
+                style=regions,
+                text_scale=config.text_scale,
+                style_scale=_style_scale(config, use_control),
+                controlnet=controlnet,
+                control_latents=control_latents,
+                control_scale=config.control_scale,
+                control_range=config.control_range,
+                callback=callback,
+                sampler=config.sampler,
+                batch_branches=config.batch_branches,
+                windows=config.windows,
+            )
+
+    stage("decoding")
+    with models.vae() as vae:
+        decoded = video_to_frames(vae.decode(latents))
+    return Stylized(padding.crop(decoded), latents.cpu())
+
+
+def _prepare_frames(
+    config: StylizeConfig, frames: np.ndarray | None
+) -> tuple[np.ndarray | None, Padding]:
+    """Padded input frames (None without input) and the size to cut the result back to."""
+    _check(config, frames)
+    if frames is None:
+        height, width = config.size or DEFAULT_SIZE
+        num_frames = 1 if config.task == "text-to-image" else config.num_frames or DEFAULT_NUM_FRAMES
+        return None, Padding(num_frames, height, width)
+    if config.size is not None:
+        frames = cover_resize_frames(frames, *config.size)
+    return pad_video(frames)
+
+
+def _padded_size(padding: Padding) -> tuple[int, int, int]:
+    return (padded_num_frames(padding.num_frames), *fit_size(padding.height, padding.width))
+
+
+def _regions(
+    style: Style | Sequence[StyleRegion] | None, config: StylizeConfig
+) -> Sequence[StyleRegion] | None:
+    if not isinstance(style, Style):
+        return style
+    start, end = config.style_range
+    return [
+        StyleRegion(
+            style.tokens,
+            scale=config.style_strength,
+            block_scales=config.block_scales,
+            start=start,
+            end=end,
+        )
+    ]
+
+
+def _style_scale(config: StylizeConfig, control: bool) -> float:
+    if config.style_scale is not None:
+        return config.style_scale
+    return 3.0 if control else 4.0
+
+
+def _check(config: StylizeConfig, frames: np.ndarray | None) -> None:
+    """Refuse settings and inputs that contradict the task, instead of changing it."""
+    task = config.task
+    if task not in get_args(Task):
+        raise ConfigError(f"the task {task!r} is unknown; use one of {get_args(Task)}")
+    needs_frames = task in ("video-to-video", "image-to-image")
+    if needs_frames and frames is None:
+        raise ConfigError(f"{task} needs an input {task.split('-')[0]}; none was given")
+    if frames is not None and not needs_frames:
+        raise ConfigError(
+            f"{task} takes no input video or image, but one was given; use video-to-video or "
+            "image-to-image to restyle it"
+        )
+    if frames is not None:
+        check_frames(frames)
+        if task == "image-to-image" and len(frames) != 1:
+            raise LayoutError(f"image-to-image takes one frame, got {len(frames)}")
+        if config.num_frames is not None:
+            raise ConfigError(f"the number of frames of {task} is that of its input; leave it out")
+        if not config.control and config.denoise == 1:
+            raise ConfigError(
+                "without control and at denoise 1 nothing of the input would be left; keep the control, or "
+                "choose a denoise below 1"
+            )
+    elif config.denoise != 1:
+        raise ConfigError(f"{task} starts from noise: denoise must be 1, got {config.denoise}")
+    if config.num_frames is not None and config.num_frames < 1:
+        raise ConfigError(f"the number of frames must be at least 1, got {config.num_frames}")
+    if config.size is not None and min(config.size) < 16:
+        raise ConfigError(
+            f"the size must be at least 16 x 16 px, one patch of latents, got {config.size}"
+        )
+    if frames is not None and min(frames.shape[1:3]) < 16:
+        raise LayoutError(
+            f"the input is {frames.shape[2]} x {frames.shape[1]} px; at least 16 x 16 is needed"
+        )
+    for name in ("text_scale", "style_scale", "style_strength", "control_scale", "motion_scale"):
+        value = getattr(config, name)
+        if value is not None and not abs(value) < float("inf"):
+            raise ConfigError(f"{name.replace('_', ' ')} must be a finite number, got {value}")
+    if config.control_scale < 0:
+        raise ConfigError(f"the control scale must not be negative, got {config.control_scale}")
