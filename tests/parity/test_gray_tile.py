@@ -34,6 +34,14 @@ def test_control_video_is_equal(golden):
     assert not torch.equal(tile[:, 1], tile[:, 0])
 
 
+def test_the_centre_is_cut_as_the_release_cuts_it():
+    ramp = np.arange(133, dtype=np.uint8)[None, None, :, None]
+    frames = np.broadcast_to(ramp, (1, 96, 133, 3)).copy()
+    tile = gray_tile(frames, 96, 128, factor=1)
+    # (133 - 128) / 2 = 2.5 goes to the even 2, not up to 3.
+    assert torch.equal(tile[0, 0, 0].mul(0.5).add(0.5).mul(255).round(), torch.arange(2.0, 130))
+
+
 def test_the_factor_decides_how_coarse_it_is(golden):
     frames = golden["in.frame2"].numpy()[None]
     fine, coarse = (gray_tile(frames, 96, 128, factor=factor) for factor in (1, 16))

@@ -99,6 +99,13 @@ def test_audio_is_encoded_anew_where_the_container_does_not_take_it(tmp_path, su
     assert loudness > 0.1
 
 
+def test_audio_encoded_anew_is_complete(tmp_path):
+    source, target = tmp_path / "source.mkv", tmp_path / "target.mp4"
+    write_with_audio(source, 12, 12, codec="mp2", audio_s=0.5)
+    write_video(target, moving_square(12), fps=12, audio_from=source)
+    assert 0.5 <= audio_of(target)[1] < 0.6
+
+
 def test_audio_ends_with_the_video_and_begins_where_the_frames_do(tmp_path):
     source, target = tmp_path / "source.mp4", tmp_path / "target.mp4"
     write_with_audio(source, 40, 20, audio_s=2.0)
