@@ -1,0 +1,79 @@
+"""Fixtures that run against each ComfyUI found (see `server.find_comfyui`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.comfy import server, small_models
+
+CHECKOUTS = server.find_comfyui()
+NONE_FOUND = pytest.param(
+    None,
+    id="no-comfyui",
+    marks=pytest.mark.skip(
+        reason="no ComfyUI found: set COMFYUI_PATH to the folder that contains custom_nodes"
+    ),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.comfy)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Show the server's log with a test that failed."""
+    report = yield
+    used = getattr(item, "funcargs", {}).get("comfy_server")
+    if report.failed and used is not None:
+        report.sections.append(("ComfyUI's log", used.log_tail()))
+    return report
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(found, id=found.version) for found in CHECKOUTS] or [NONE_FOUND],
+)
+def comfy_checkout(request: pytest.FixtureRequest) -> server.Checkout:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def comfy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `models` folder of small random models."""
+    folder = tmp_path_factory.mktemp("comfy") / "models"
+    small_models.write_small_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def comfy_server(
+    comfy_checkout: server.Checkout, comfy_models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[server.ComfyServer]:
+    """A running server with the pack, the stubs and small models."""
+    base = tmp_path_factory.mktemp("server") / "base"
+    with server.ComfyServer(comfy_checkout, base, comfy_models) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def run_in_comfy(
+    comfy_checkout: server.Checkout, comfy_models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """Run a script (a path, or its source) inside ComfyUI; returns the JSON of its last line."""
+
+    def run(script: str | Path, *arguments: object) -> dict[str, Any]:
+        if isinstance(script, str):
+            path = tmp_path_factory.mktemp("script") / "script.py"
+            path.write_text(script)
+            script = path
+        words = [str(argument) for argument in arguments]
+        return server.run_script(comfy_checkout, comfy_models.parent, script, *words)
+
+    return run

@@ -1,0 +1,157 @@
+"""Nodes for tests alone: small stand-ins for models whose sizes ComfyUI fixes, and a comparison."""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zlib
+from typing import Any
+
+import comfy.clip_vision
+import comfy.ldm.wan.vae
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+TEXT_WIDTH = 4096  # what ComfyUI's native Wan expects
+TEXT_TOKENS = 512  # to which its UMT5 pads
+
+
+class HashedWordsCLIP:
+    """Answers what CLIPTextEncode asks: each word is a fixed random vector, and no weights."""
+
+    def tokenize(self, text: str, **_options: object) -> list[str]:
+        return [*text.lower().split()[: TEXT_TOKENS - 1], "</s>"]
+
+    def encode_from_tokens_scheduled(
+        self,
+        tokens: list[str],
+        unprojected: bool = False,
+        add_dict: dict | None = None,
+        **_: object,
+    ) -> list:
+        features = torch.zeros(1, TEXT_TOKENS, TEXT_WIDTH)
+        for place, word in enumerate(tokens):
+            generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+            features[0, place] = torch.randn(TEXT_WIDTH, generator=generator)
+        return [[features, {"pooled_output": None, **(add_dict or {})}]]
+
+
+class StubTextEncoderLoader:
+    """In the place of CLIPLoader: UMT5-XXL is 11 GB and its size cannot be chosen there."""
+
+    CATEGORY = "stub"
+    FUNCTION = "load"
+    RETURN_TYPES = ("CLIP",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def load(self) -> tuple:
+        return (HashedWordsCLIP(),)
+
+
+class StubCLIPVisionLoader:
+    """In the place of CLIPVisionLoader: a random ViT of ComfyUI's own class, with 257 tokens."""
+
+    CATEGORY = "stub"
+    FUNCTION = "load"
+    RETURN_TYPES = ("CLIP_VISION",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        optional = {
+            "width": ("INT", {"default": 80}),
+            "projection": ("INT", {"default": 48}),
+            "seed": ("INT", {"default": 0}),
+        }
+        return {"required": {}, "optional": optional}
+
+    def load(self, width: int = 80, projection: int = 48, seed: int = 0) -> tuple:
+        config = {
+            "model_type": "clip_vision_model",
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_attention_heads": 1,
+            "num_hidden_layers": 2,
+            "num_channels": 3,
+            "image_size": 224,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+            "projection_dim": projection,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "config.json")
+            with open(path, "w") as file:
+                json.dump(config, file)
+            encoder = comfy.clip_vision.ClipVisionModel(path)
+        generator = torch.Generator().manual_seed(seed)
+        weights = {}
+        for key, value in sorted(encoder.get_sd().items()):
+            noise = torch.randn(value.shape, generator=generator)
+            is_gain = value.ndim == 1 and key.endswith("weight")
+            scale = 0.1 if value.ndim == 1 else value[0].numel() ** -0.5
+            weights[key] = noise * scale + float(is_gain)
+        missing, unexpected = encoder.load_sd(weights)
+        if missing or unexpected:
+            raise RuntimeError(f"the random ViT lacks {missing} and does not know {unexpected}")
+        return (encoder,)
+
+
+class StubVAELoader:
+    """In the place of VAELoader: loads a Wan VAE of any base width, which 0.3.64 cannot."""
+
+    CATEGORY = "stub"
+    FUNCTION = "load"
+    RETURN_TYPES = ("VAE",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"vae_name": (folder_paths.get_filename_list("vae"),)}}
+
+    def load(self, vae_name: str) -> tuple:
+        weights = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("vae", vae_name))
+        width = weights["decoder.head.0.gamma"].shape[0]
+        original = comfy.ldm.wan.vae.WanVAE
+        # Older versions write 96 into the call and take no other width from anywhere.
+        comfy.ldm.wan.vae.WanVAE = lambda **config: original(**{**config, "dim": width})
+        try:
+            return (comfy.sd.VAE(sd=weights),)
+        finally:
+            comfy.ldm.wan.vae.WanVAE = original
+
+
+class StubCompare:
+    """How far two images or latents are from each other, as an output that tests can read."""
+
+    CATEGORY = "stub"
+    FUNCTION = "compare"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"a": ("IMAGE,LATENT",), "b": ("IMAGE,LATENT",)}}
+
+    def compare(self, a: Any, b: Any) -> dict:
+        first, second = (v["samples"] if isinstance(v, dict) else v for v in (a, b))
+        if first.shape != second.shape:
+            raise ValueError(f"cannot compare {tuple(first.shape)} with {tuple(second.shape)}")
+        difference = (first.float() - second.float()).abs()
+        numbers = {
+            "max_difference": [difference.max().item()],
+            "mean_difference": [difference.mean().item()],
+            "max_value": [second.abs().max().item()],
+            "shape": [list(first.shape)],
+        }
+        return {"ui": numbers}
+
+
+NODE_CLASS_MAPPINGS = {
+    node.__name__: node
+    for node in (StubTextEncoderLoader, StubCLIPVisionLoader, StubVAELoader, StubCompare)
+}
