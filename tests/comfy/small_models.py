@@ -78,7 +78,7 @@ def controlnet_weights(seed: int = 2) -> dict[str, Tensor]:
 
 def vae_weights(seed: int = 3) -> dict[str, Tensor]:
     """A Wan VAE of base width 8 with ComfyUI's keys, 4 MB."""
-    from diffusers.models.autoencoders import AutoencoderKLWan
+    from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
 
     from stylemaster_core.models.vae import native_vae_state_dict
 
