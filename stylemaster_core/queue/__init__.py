@@ -1,0 +1,1 @@
+"""Batches of videos, styles and prompts, run by one or more ComfyUI servers."""
