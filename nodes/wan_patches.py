@@ -1,0 +1,323 @@
+"""Hooks on ComfyUI's native Wan model: the style branch and the gray-tile ControlNet's states.
+
+A conditioning carries what belongs to it (`conditionings`). The MODEL gets one APPLY_MODEL wrapper
+of plain functions for each of the two. For the time of one call of the model the wrapper sets a
+`forward` and tensors on the modules themselves. That leaves clones, LoRA, fp8 and other packs'
+patches alone, and torch.compile sees it: ComfyUI's compile node ignores changes of
+`transformer_options`, but not those of a module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import comfy.ldm.wan.model
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ..stylemaster_core.errors import ConfigError, LayoutError, UnsupportedHostError, WeightsError
+from ..stylemaster_core.models.decoupled_attention import StyleAttention, style_residual
+from .block_styles import TokenGrid, block_styles, in_range
+from .conditionings import CONTROL_KEY, STYLE_KEY, Row
+
+PREVIOUS = "stylemaster_previous"
+
+ModelPatcher = comfy.model_patcher.ModelPatcher
+_ABSENT = object()
+
+
+@contextlib.contextmanager
+def _hooked(
+    hooks: Sequence[tuple[nn.Module, Callable[..., Tensor], dict[str, Any]]],
+) -> Iterator[None]:
+    """Give modules a `forward` and attributes; afterwards they are as before, whatever happened."""
+    undo = []
+    try:
+        for module, forward, attributes in hooks:
+            own = vars(module)
+            previous = own.get("forward")
+            if getattr(previous, "__func__", None) is type(module).forward:
+                previous = None  # ComfyUI leaves this when it takes an object patch off
+            new = {"forward": types.MethodType(forward, module), PREVIOUS: previous, **attributes}
+            undo.append((own, {name: own.get(name, _ABSENT) for name in new}))
+            own.update(new)
+        yield
+    finally:
+        for own, before in reversed(undo):
+            for name, value in before.items():
+                if value is _ABSENT:
+                    own.pop(name, None)
+                else:
+                    own[name] = value
+
+
+def _raw(module: Any) -> Any:
+    """The module inside torch.compile's."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    return [_raw(block) for block in _raw(model.diffusion_model).blocks]
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+def _check_model(model: ModelPatcher, width: int, num_blocks: int | None, what: str) -> Any:
+    """The Wan transformer in a MODEL.
+
+    Raises:
+        UnsupportedHostError: if it is no Wan 2.1 text-to-video model.
+        WeightsError: if `what` belongs to another size of it.
+    """
+    base, native = model.model, comfy.ldm.wan.model
+    transformer = _raw(base.diffusion_model)
+    if not isinstance(base, comfy.model_base.WAN21) or type(transformer) is not native.WanModel:
+        raise UnsupportedHostError(
+            f"this MODEL is {type(base).__name__} ({type(transformer).__name__}); StyleMaster "
+            "works on Wan 2.1 text-to-video models: load wan2.1_t2v_1.3B"
+        )
+    if transformer.model_type != "t2v" or base.image_to_video or transformer.in_dim != 16:
+        raise UnsupportedHostError(
+            f"this MODEL is a Wan {transformer.model_type} model with {transformer.in_dim} input "
+            "channels; StyleMaster needs text-to-video with 16: load wan2.1_t2v_1.3B"
+        )
+    found = (transformer.dim, len(transformer.blocks))
+    if found != (width, num_blocks or found[1]):
+        raise WeightsError(
+            f"{what} is made for a Wan model of width {width}"
+            + (f" with {num_blocks} blocks" if num_blocks else "")
+            + f", this MODEL has width {found[0]} and {found[1]} blocks; load the Wan model that "
+            "it was trained with (wan2.1_t2v_1.3B: width 1536, 30 blocks)"
+        )
+    return transformer
+
+
+def patch_style(model: ModelPatcher, adapter: StyleAttention) -> ModelPatcher:
+    """A clone of a MODEL that heeds the styles of its conditionings.
+
+    A conditioning that carries none runs as on the unpatched model.
+
+    Raises:
+        UnsupportedHostError, WeightsError: if the model cannot take this adapter's styles.
+    """
+    _check_model(model, adapter.width, len(adapter.blocks), "this style adapter")
+    return _with_wrapper(model, WrappersMP.APPLY_MODEL, STYLE_KEY, _apply_with_style)
+
+
+def _with_wrapper(
+    model: ModelPatcher, kind: str, key: str, wrapper: Callable[..., Any]
+) -> ModelPatcher:
+    clone = model.clone()
+    clone.remove_wrappers_with_key(kind, key)
+    clone.add_wrapper_with_key(kind, key, wrapper)
+    return clone
+
+
+def _apply_with_style(
+    executor: Any,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None = None,
+    c_crossattn: Tensor | None = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """APPLY_MODEL wrapper."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    rows, options = kwargs.pop(STYLE_KEY, None), transformer_options or {}
+    hooks = []
+    if rows is not None:
+        model = executor.class_obj
+        blocks = _blocks(model)
+        made_for = rows[0][0].num_blocks
+        if made_for != len(blocks):
+            raise WeightsError(
+                f"this conditioning's style is made for {made_for} blocks, the MODEL has "
+                f"{len(blocks)}; use the model that the style was applied to"
+            )
+        patch = _raw(model.diffusion_model).patch_size
+        size = tuple(-(-n // p) for n, p in zip(x.shape[2:], patch, strict=True))
+        grid = TokenGrid(size, options.get("context_window"))
+        like = x.new_empty(0, dtype=_compute_dtype(model))
+        styles = block_styles(rows, grid, model.model_sampling, float(t.max()), like)
+        hooks = [
+            (_raw(block.cross_attn), _styled_cross_attention, {"stylemaster_style": style})
+            for block, style in zip(blocks, styles, strict=True)
+        ]
+    with _hooked(hooks):
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def _styled_cross_attention(
+    self: Any, x: Tensor, context: Tensor, transformer_options: Any = None, **kwargs: Any
+) -> Tensor:
+    """`forward` of a cross-attention: ComfyUI's attention to the text, plus ours to the style."""
+    native, options = comfy.ldm.wan.model, transformer_options or {}
+    query = self.norm_q(self.q(x))
+    style = style_residual(query, self.stylemaster_style, self.num_heads)
+    if self.stylemaster_previous is None and type(self) is native.WanT2VCrossAttention:
+        text = native.optimized_attention(
+            query,
+            self.norm_k(self.k(context)),
+            self.v(context),
+            heads=self.num_heads,
+            transformer_options=options,
+        )
+        return self.o(text + style)
+    previous = self.stylemaster_previous or types.MethodType(type(self).forward, self)
+    text = previous(x, context, transformer_options=options, **kwargs)
+    # Somebody else's forward ends with `o`, which is affine: o(a + b) = o(a) + o(b) - o(0).
+    return text + self.o(style) - self.o(torch.zeros_like(style[:, :1]))
+
+
+def patch_control(
+    model: ModelPatcher,
+    net_patcher: ModelPatcher,
+    *,
+    strength: float = 1.0,
+    start: float = 0.0,
+    end: float = 1.0,
+) -> ModelPatcher:
+    """A clone of a MODEL that heeds the control of its conditionings.
+
+    Args:
+        model: a Wan 2.1 text-to-video model.
+        net_patcher: from `load_native_controlnet`; ComfyUI loads it together with the model.
+        strength: of the control states; 0 runs nothing.
+        start: first part of the sampling, 0..1, in which it acts (release: 0.0).
+        end: last part, inclusive (release: 0.7).
+
+    Raises:
+        ConfigError: for a range that cannot be, or a model that has a control already.
+        UnsupportedHostError, WeightsError: if network and model do not belong together.
+    """
+    if not 0 <= start <= end <= 1:
+        raise ConfigError(
+            f"the control's range must satisfy 0 <= start <= end <= 1, got {start} to {end}"
+        )
+    if model.get_additional_models_with_key(CONTROL_KEY):
+        raise ConfigError(
+            "this MODEL has a gray-tile control already; apply it to the model before"
+        )
+    net = net_patcher.model
+    width = net.zero_convs[0].weight.shape[0]
+    transformer = _check_model(model, width, None, "this gray-tile ControlNet")
+    if len(net.control_blocks) > len(transformer.blocks):
+        raise WeightsError(
+            f"this gray-tile ControlNet has {len(net.control_blocks)} blocks, more than the "
+            f"MODEL's {len(transformer.blocks)}; load the Wan model that it was trained with"
+        )
+
+    def apply_with_control(
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """APPLY_MODEL wrapper."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        rows, options = kwargs.pop(CONTROL_KEY, None), transformer_options or {}
+        base, hooks = executor.class_obj, []
+        active = strength and in_range(base.model_sampling, float(t.max()), start, end)
+        if rows is not None and active:
+            hooks = _control_hooks(base, rows, x, t, strength, options.get("context_window"))
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        with _hooked(hooks):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    clone = _with_wrapper(model, WrappersMP.APPLY_MODEL, CONTROL_KEY, apply_with_control)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, CONTROL_KEY, _reserve_memory)
+    clone.set_additional_models(CONTROL_KEY, [net_patcher])
+    return clone
+
+
+def _control_hooks(
+    model: Any, rows: Sequence[Row], x: Tensor, t: Tensor, strength: float, window: Any
+) -> list[Any]:
+    """Run the network, once for each different sample, and hand its states to the blocks."""
+    # Through the patcher at work, as clones may hold the network on another device.
+    net = model.current_patcher.get_additional_models_with_key(CONTROL_KEY)[0].model
+    samples: dict[tuple[int, int], int] = {}  # in the order of the network's batch
+    first: list[int] = []
+    numbers = []
+    for number, (condition, index) in enumerate(rows):
+        key = (id(condition), min(index, condition.batch - 1))
+        if key not in samples:
+            samples[key] = len(samples)
+            first.append(number)
+        numbers.append(samples[key])
+    latents, text = (
+        torch.cat(parts).to(x.device)
+        for parts in zip(*(rows[i][0].sample(rows[i][1]) for i in first), strict=True)
+    )
+    latents = _cut(latents, x, window)
+    dtype = _compute_dtype(model)
+    states = net(
+        model.process_latent_in(latents).to(dtype),
+        model.model_sampling.timestep(t[first]).float(),
+        text.to(dtype),
+        dtype=dtype,
+    )
+    blocks = _blocks(model)
+    stride = math.ceil(len(blocks) / len(states))
+    index = None if len(samples) == 1 else torch.tensor(numbers, device=x.device)
+    return [
+        (
+            blocks[i * stride],
+            _block_with_control,
+            {"stylemaster_state": state * strength, "stylemaster_rows": index},
+        )
+        for i, state in enumerate(states)
+    ]
+
+
+def _cut(latents: Tensor, x: Tensor, window: Any) -> Tensor:
+    """Control latents of the video or window at hand."""
+    given = list(latents.shape[2:])
+    if window is not None and latents.shape[window.dim] > max(window.index_list):
+        index = torch.tensor(window.index_list, device=latents.device)
+        latents = latents.index_select(window.dim, index)
+    if latents.shape[2:] != x.shape[2:]:
+        raise LayoutError(
+            f"the control latents are {given} (t, h, w), those that are sampled {list(x.shape[2:])}"
+            + (" (a context window)" if window is not None else "")
+            + "; make the gray tile with the width, height and length of the empty latent video"
+        )
+    return latents
+
+
+def _block_with_control(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """`forward` of a block that has a control state."""
+    previous = self.stylemaster_previous or types.MethodType(type(self).forward, self)
+    hidden = previous(*args, **kwargs)
+    state = self.stylemaster_state
+    return hidden + (state if self.stylemaster_rows is None else state[self.stylemaster_rows])
+
+
+def _reserve_memory(
+    executor: Any, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> Any:
+    """PREPARE_SAMPLING wrapper: nobody else counts the states, which live while the model runs."""
+    net = model.get_additional_models_with_key(CONTROL_KEY)[0].model
+    batch, channels, t, h, w = noise_shape
+    width = net.zero_convs[0].weight.shape[0]
+    numbers = len(net.zero_convs) * t * math.ceil(h / 2) * math.ceil(w / 2) * width
+    needed = numbers * _compute_dtype(model.model).itemsize
+    per_item = model.memory_required([1, channels, t, h, w])
+    more = math.ceil(needed / per_item)
+    return executor(model, [batch + more, channels, t, h, w], *args, **kwargs)
