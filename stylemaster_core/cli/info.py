@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "system": platform.platform(),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "device_name": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else platform.machine(),
         "dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
         "attention": _attention_backends(device.type),
         "packages": {name: _version(name) for name in PACKAGES},

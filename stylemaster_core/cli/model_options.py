@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -113,3 +114,11 @@ def _random_files(folder: Path | None) -> dict[str, Path]:
         "text_encoder": small.text_encoder,
         "image_encoder": small.image_encoder,
     }
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`832x480` -> (height, width)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT, e.g. 832x480")
+    return int(match[2]), int(match[1])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import ConfigError
 from ..sampling.samplers import SamplerName
-from .model_options import add_model_options, open_models
+from .model_options import add_model_options, open_models, parse_size
 
 if TYPE_CHECKING:
     from ..data.videos import VideoClip
@@ -54,7 +54,9 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--control-range", type=_range, default=(0.0, 0.7), metavar="START:END")
     group.add_argument("--tile-factor", type=int, default=8)
     group.add_argument("--motion-scale", type=float, default=-0.3, help="with --motion-adapter")
-    group.add_argument("--size", type=_size, metavar="WxH", help="default: the input's, or 832x480")
+    group.add_argument(
+        "--size", type=parse_size, metavar="WxH", help="default: the input's, or 832x480"
+    )
     group.add_argument("--frames", type=int, help="text-to-video: number of frames; default 81")
     group.add_argument("--start-frame", type=int, default=0, help="of the input video")
     group.add_argument("--max-frames", type=int, help="of the input video")
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
                 style,
                 config,
                 frames=None if clip is None else clip.frames,
-                callback=lambda progress: bar.update() and None,
+                callback=lambda _: bar.update(),
                 stage=lambda name: _say(args, name),
             )
         finally:
@@ -196,15 +198,6 @@ def _range(text: str) -> tuple[float, float]:
     return float(match[1]), float(match[2])
 
 
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT, e.g. 832x480")
-    return int(match[2]), int(match[1])
-
-
 def _say(args: argparse.Namespace, text: str) -> None:
     if not args.json:
         sys.stderr.write(text + "\n")
-
-

@@ -350,8 +350,7 @@ def _open_audio(
 def _copied_audio(
     source: InputContainer, stream: Any, copy: Any, start_s: float
 ) -> Iterator[tuple[float, Any]]:
-    # Times count from the file's start, which need not be 0 in the stream.
-    offset = round((start_s + (source.start_time or 0) / 1e6) / stream.time_base)
+    offset = round((start_s + _first_picture_s(source)) / stream.time_base)
     for packet in source.demux(stream):
         # The packet before the start stays: codecs need it to wind up.
         if packet.pts is None or packet.pts + (packet.duration or 0) < offset:
@@ -363,6 +362,13 @@ def _copied_audio(
         yield seconds, packet
 
 
+def _first_picture_s(source: InputContainer) -> float:
+    """Time of the first picture, from which the result counts; audio may begin before it."""
+    for stream in source.streams.video:
+        return float((stream.start_time or 0) * (stream.time_base or 0))
+    return (source.start_time or 0) / 1e6
+
+
 def _encoded_audio(
     source: InputContainer, stream: Any, encoder: Any, start_s: float
 ) -> Iterator[tuple[float, Any]]:
@@ -371,7 +377,7 @@ def _encoded_audio(
     context = encoder.codec_context
     context.layout = "mono" if stream.codec_context.channels == 1 else "stereo"
     resampler = av.AudioResampler(context.format, context.layout, context.sample_rate)
-    offset_s = start_s + (source.start_time or 0) / 1e6
+    offset_s = start_s + _first_picture_s(source)
     samples = 0
     frames = (frame for frame in source.decode(stream) if (frame.time or 0) >= offset_s)
     for frame in frames:

@@ -77,7 +77,9 @@ def encode_style(
             from ..models.clip_text import joint_similarity
 
             if not prompt:
-                raise ConfigError("texture selection 'paper' compares patches with the prompt: give one")
+                raise ConfigError(
+                    "texture selection 'paper' compares patches with the prompt: give one"
+                )
             with models.clip_text() as clip_text:
                 similarity = joint_similarity(encoder, patches, clip_text.encode([prompt]))
             if keep is None and config.drop_rate is None:

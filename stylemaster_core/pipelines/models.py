@@ -264,7 +264,9 @@ class Models:
             model.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
         if self.offload == "layers" and self.device.type != "cpu":
             model.enable_group_offload(
-                onload_device=self.device, offload_device=torch.device("cpu"), offload_type="leaf_level"
+                onload_device=self.device,
+                offload_device=torch.device("cpu"),
+                offload_type="leaf_level",
             )
         else:
             model.to(self.device)

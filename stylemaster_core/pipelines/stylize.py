@@ -153,7 +153,9 @@ def _prepare_frames(
     _check(config, frames)
     if frames is None:
         height, width = config.size or DEFAULT_SIZE
-        num_frames = 1 if config.task == "text-to-image" else config.num_frames or DEFAULT_NUM_FRAMES
+        num_frames = (
+            1 if config.task == "text-to-image" else config.num_frames or DEFAULT_NUM_FRAMES
+        )
         return None, Padding(num_frames, height, width)
     if config.size is not None:
         frames = cover_resize_frames(frames, *config.size)

@@ -1,0 +1,289 @@
+"""The command line as a user runs it: a real video with audio through every task, on small random weights."""
+
+import json
+import math
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stylemaster_core.cli import main
+from stylemaster_core.data.demo_scene import demo_clip, demo_styles
+from stylemaster_core.data.images import read_image, write_image
+from stylemaster_core.data.videos import probe_video, read_video, write_video
+from stylemaster_core.models.small import write_small_models
+from stylemaster_core.weights.files import write_state_dict
+
+RATE = Fraction(24000, 1001)
+NUM_FRAMES, HEIGHT, WIDTH = 6, 36, 52  # neither 4n + 1 frames nor multiples of 16
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A video with audio, an image, and a style picture."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_with_audio(folder / "clip.mp4", demo_clip(NUM_FRAMES, HEIGHT, WIDTH))
+    write_image(folder / "photo.png", demo_clip(1, HEIGHT, WIDTH)[0])
+    write_image(folder / "style.png", demo_styles(96)["neon"])
+    return folder
+
+
+def write_with_audio(path, frames):
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=RATE)
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+        audio = container.add_stream("aac", rate=44100, layout="mono")
+        for frame in frames:
+            for packet in video.encode(av.VideoFrame.from_ndarray(frame)):
+                container.mux(packet)
+        samples = int(44100 * len(frames) / RATE)
+        tone = np.sin(2 * np.pi * 440 * np.arange(samples) / 44100).astype(np.float32)[None] * 0.5
+        block = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+        block.sample_rate = 44100
+        for stream in (video, audio):
+            for packet in audio.encode(block) if stream is audio else ():
+                container.mux(packet)
+            for packet in stream.encode():
+                container.mux(packet)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small random weights, written once, as options of the command line."""
+    small = write_small_models(tmp_path_factory.mktemp("models"))
+    return [
+        *("--transformer", str(small.stylemaster)),
+        *("--controlnet", str(small.controlnet)),
+        *("--vae", str(small.vae)),
+        *("--text-encoder", str(small.text_encoder)),
+        *("--image-encoder", str(small.image_encoder)),
+    ]
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def audio_packets(path):
+    with av.open(str(path)) as container:
+        return (
+            [bytes(p) for p in container.demux(audio=0) if p.size]
+            if container.streams.audio
+            else []
+        )
+
+
+QUICK = ("--steps", "2", "--prompt", "a boat", "--json")
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--no-control", "--denoise", "0.5"), ("--denoise", "0.6")]
+)
+def test_video_to_video_keeps_what_the_input_is(inputs, files, tmp_path, capsys, options):
+    output, source = tmp_path / "out.mp4", inputs / "clip.mp4"
+    style = ("--style", inputs / "style.png")
+    assert run("stylize", output, "--video", source, *style, *QUICK, *options, *files) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["task"] == "video-to-video"
+    before, after = probe_video(source), probe_video(output)
+    assert (after.num_frames, after.height, after.width) == (NUM_FRAMES, HEIGHT, WIDTH)
+    assert after.fps == before.fps == RATE
+    kept, given = audio_packets(output), audio_packets(source)
+    # Copied, not re-encoded, and as long as the pictures last (1024 samples a packet).
+    assert kept and kept == given[: len(kept)]
+    assert len(kept) * 1024 / 44100 >= NUM_FRAMES / RATE
+
+
+def test_text_to_video(inputs, files, tmp_path):
+    output = tmp_path / "out.mp4"
+    options = ("--frames", "7", "--size", "50x34", "--style", inputs / "style.png")
+    assert run("stylize", output, *options, *QUICK, *files) == 0
+    info = probe_video(output)
+    assert (info.num_frames, info.height, info.width, info.fps) == (7, 34, 50, 16)
+    assert not info.has_audio
+
+
+def test_image_to_image_and_text_to_image(inputs, files, tmp_path):
+    style = ("--style", inputs / "style.png")
+    restyled, drawn = tmp_path / "restyled.png", tmp_path / "drawn.png"
+    assert run("stylize", restyled, "--image", inputs / "photo.png", *style, *QUICK, *files) == 0
+    assert run("stylize", drawn, "--size", "40x24", *style, *QUICK, *files) == 0
+    assert read_image(restyled).shape == (HEIGHT, WIDTH, 3)
+    assert read_image(drawn).shape == (24, 40, 3)
+
+
+def test_seed_and_style_decide_the_result(inputs, files, tmp_path):
+    write_image(tmp_path / "other.png", demo_styles(96)["woodcut"])
+    pictures = {}
+    for name, seed, style in (
+        ("a", 1, inputs / "style.png"),
+        ("again", 1, inputs / "style.png"),
+        ("seed", 2, inputs / "style.png"),
+        ("style", 1, tmp_path / "other.png"),
+    ):
+        output = tmp_path / f"{name}.png"
+        options = ("--size", "32x32", "--seed", seed, "--style", style)
+        assert run("stylize", output, *options, *QUICK, *files) == 0
+        pictures[name] = read_image(output)
+    assert np.array_equal(pictures["a"], pictures["again"])
+    assert not np.array_equal(pictures["a"], pictures["seed"])
+    assert not np.array_equal(pictures["a"], pictures["style"])
+
+
+def test_long_video_by_windows(inputs, files, tmp_path):
+    source, output = tmp_path / "long.mp4", tmp_path / "out.mp4"
+    write_video(source, demo_clip(21, 32, 32), fps=12)
+    windows = ("--window", "13", "--window-overlap", "4")
+    style = ("--style", inputs / "style.png")
+    assert run("stylize", output, "--video", source, *style, *windows, *QUICK, *files) == 0
+    assert probe_video(output).num_frames == 21
+
+
+def test_release_file_converted_loaded_and_used(inputs, files, tmp_path):
+    """stylemaster.ckpt and its converted adapter on its converted base give the same picture."""
+    source = files[files.index("--transformer") + 1]
+    assert run("weights", "convert", source, "--out", tmp_path, "--include-base") == 0
+    adapter, base = tmp_path / "stylemaster_small_adapter.safetensors", tmp_path
+    base = base / "stylemaster_small_base.safetensors"
+    assert adapter.exists() and base.exists()
+    options = ("--size", "32x32", "--style", inputs / "style.png", *QUICK)
+    assert run("stylize", tmp_path / "whole.png", *options, *files) == 0
+    split = [str(base) if value == source else value for value in files]
+    assert run("stylize", tmp_path / "split.png", *options, *split, "--adapter", adapter) == 0
+    whole, parts = read_image(tmp_path / "whole.png"), read_image(tmp_path / "split.png")
+    assert np.array_equal(whole, parts)
+
+
+def test_encode_use_and_inspect_a_style(inputs, files, tmp_path, capsys):
+    saved, picture = tmp_path / "style.safetensors", tmp_path / "look.png"
+    style = ("--style", inputs / "style.png", "--prompt", "a boat")
+    assert run("encode-style", saved, *style, *files) == 0
+    for name, chosen in (("direct", inputs / "style.png"), ("saved", saved)):
+        output = tmp_path / f"{name}.png"
+        assert run("stylize", output, "--size", "32x32", "--style", chosen, *QUICK, *files) == 0
+    direct, reused = read_image(tmp_path / "direct.png"), read_image(tmp_path / "saved.png")
+    assert np.array_equal(direct, reused)
+    capsys.readouterr()
+    inspect = ("inspect-style", inputs / "style.png", picture, "--keep", "20", "--no-cls")
+    assert run(*inspect, "--prompt", "a boat", *files) == 0
+    assert "20 of 256 patches" in capsys.readouterr().out
+    lit = read_image(picture)
+    assert lit.shape == (256, 1024, 3)
+    assert lit[:, 512:768].mean() < lit[:, :256].mean() / 2  # most patches are dark
+
+
+def test_blend_of_styles(inputs, files, tmp_path):
+    write_image(tmp_path / "other.png", demo_styles(96)["mosaic"])
+    both = ("--style", inputs / "style.png", "--style", tmp_path / "other.png")
+    base = ("--size", "32x32", *QUICK, *files)
+    results = {}
+    for name, weights in (("even", (1, 1)), ("first", (1, 0)), ("alone", ())):
+        chosen = both if weights else both[:2]
+        options = [part for weight in weights for part in ("--style-weight", weight)]
+        assert run("stylize", tmp_path / f"{name}.png", *chosen, *options, *base) == 0
+        results[name] = read_image(tmp_path / f"{name}.png")
+    assert np.array_equal(results["first"], results["alone"])
+    assert not np.array_equal(results["even"], results["alone"])
+
+
+BAD = {
+    "missing video": (["--video", "absent.mp4"], "absent.mp4"),
+    "no video": (["--video", "{style}"], None),  # a still image counts as one frame: fine
+    "text file as video": (["--video", "{text}"], "notes.mp4"),
+    "image to a video file": (["--image", "{style}"], "writes .png"),
+    "task that contradicts": (["--task", "video-to-video"], "text-to-video"),
+    "both inputs": (["--video", "{clip}", "--image", "{style}"], "not both"),
+    "negative steps": (["--steps", "-1"], "at least 1"),
+    "no steps": (["--steps", "0"], "at least 1"),
+    "negative frames": (["--frames", "-5"], "at least 1"),
+    "tiny size": (["--size", "8x8"], "16 x 16"),
+    "shift of 0": (["--shift", "0"], "positive"),
+    "nan scale": (["--text-scale", "nan"], "finite"),
+    "style range": (["--style-range", "0.8:0.2"], "start <= end"),
+    "range beyond 1": (["--style-range", "0.0:1.5"], "start <= end"),
+    "denoise without input": (["--denoise", "0.5"], "starts from noise"),
+    "nothing of the input left": (["--video", "{clip}", "--no-control"], "nothing of the input"),
+    "frames of a given video": (["--video", "{clip}", "--frames", "9"], "leave it out"),
+    "drop rate of 1": (["--drop-rate", "1"], "below 1"),
+    "keep 0": (["--keep", "0"], "cannot keep 0"),
+    "weights without styles": (["--style-weight", "1", "--style-weight", "2"], "2 weights"),
+    "paper without its text tower": (["--selection", "paper"], "clip-text"),
+    "style that is weights": (["--style", "{adapter}"], "no saved style"),
+    "vae that is something else": (["--vae", "{adapter}"], "VAE"),
+    "absent weights": (["--vae", "absent.safetensors"], "absent.safetensors"),
+    "device": (["--device", "cuda:99"], "cuda:99"),
+    "dtype": (["--dtype", "int8"], "int8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, inputs, files, tmp_path, capsys):
+    options, message = BAD[name]
+    (tmp_path / "notes.mp4").write_text("no pictures here")
+    places = {
+        "{clip}": inputs / "clip.mp4",
+        "{style}": inputs / "style.png",
+        "{text}": tmp_path / "notes.mp4",
+        "{adapter}": files[files.index("--controlnet") + 1],
+    }
+    options = [str(places.get(option, option)) for option in options]
+    if name == "style that is weights":
+        weights = write_state_dict(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+        options[1] = str(weights)
+    output = tmp_path / "out.mp4"
+    style = ("--style", inputs / "style.png", "--size", "32x32", "--steps", "1")
+    code = run("stylize", output, *style, "--prompt", "x", "--json", *files, *options)
+    captured = capsys.readouterr()
+    if message is None:
+        assert code == 0
+        return
+    assert code == 2, captured.err
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "a.safetensors") == [
+        "notes.mp4"
+    ]
+
+
+def test_existing_output_is_kept(inputs, files, tmp_path, capsys):
+    output = tmp_path / "out.png"
+    Image.new("RGB", (4, 4)).save(output)
+    before = output.read_bytes()
+    options = ("--size", "32x32", "--style", inputs / "style.png", *QUICK, *files)
+    assert run("stylize", output, *options) == 2
+    assert "--overwrite" in capsys.readouterr().err and output.read_bytes() == before
+    assert run("stylize", output, *options, "--overwrite") == 0
+    assert output.read_bytes() != before
+
+
+def test_task_without_its_models(inputs, tmp_path, capsys):
+    options = ("--size", "32x32", "--models-dir", tmp_path, *QUICK)
+    assert run("stylize", tmp_path / "out.mp4", *options, "--style", inputs / "style.png") == 2
+    message = capsys.readouterr().err
+    assert "--transformer" in message or "transformer" in message
+    assert "stylemaster weights download" in message
+
+
+def test_info(capsys):
+    assert run("info", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["device"] in ("cpu", "cuda", "mps") and facts["packages"]["torch"]
+    assert math.isfinite(len(facts["attention"])) and facts["attention"]
+
+
+def test_demo(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert run("demo", "--out", out, "--frames", "5", "--size", "48x32", "--steps", "1") == 0
+    assert "RANDOM" in capsys.readouterr().out
+    names = sorted(path.name for path in out.iterdir())
+    assert [n for n in names if n.endswith(".mp4")] == [
+        "input.mp4",
+        "mosaic.mp4",
+        "neon.mp4",
+        "woodcut.mp4",
+    ]
+    assert read_video(out / "neon.mp4").frames.shape == (5, 32, 48, 3)
+    assert run("demo", "--out", out) == 2
