@@ -78,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
             rows.append((name, [picture, *result.frames[shown]]))
     rows[0] = ("input", [rows[0][1][0], *rows[0][1]])
     write_image(args.out / "contact_sheet.png", contact_sheet(rows), overwrite=args.overwrite)
+    seconds = time.perf_counter() - started
+    _say(f"{len(styles)} videos and contact_sheet.png in {args.out}/, {seconds:.0f} s")
     _say(
-        f"{len(styles)} videos and contact_sheet.png in {args.out}/, {time.perf_counter() - started:.0f} s"
-    )
-    _say(
-        "Your own video: stylemaster stylize out.mp4 --video in.mp4 --style picture.png --prompt '...'\n"
+        "Your own video: "
+        "stylemaster stylize out.mp4 --video in.mp4 --style picture.png --prompt '...'\n"
         "Real weights:   stylemaster weights download --for video-to-video"
     )
     return 0

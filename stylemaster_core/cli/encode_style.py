@@ -1,4 +1,4 @@
-"""`stylemaster encode-style`: save the style of a picture, to use or share it without the picture."""
+"""`stylemaster encode-style`: save a picture's style, to use or share it without the picture."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `stylemaster encode-style`."""
     from ..models.style_tokens import save_style
-    from .style_options import open_style
+    from .style_options import blended, open_styles
 
     if args.output.suffix != ".safetensors":
         raise ConfigError(f"a style is saved as .safetensors, got {args.output.name!r}")
     with tempfile.TemporaryDirectory() as scratch:
-        style = open_style(args, open_models(args, Path(scratch)), args.prompt)
-    if style is None:
+        styles = open_styles(args, open_models(args, Path(scratch)), args.prompt)
+    if not styles:
         raise ConfigError("give at least one --style picture")
+    style = blended(args, styles)
     save_style(args.output, style, overwrite=args.overwrite)
     report = {"output": str(args.output), "tokens": list(style.tokens.shape[1:])}
     line = json.dumps(report) if args.json else f"wrote {args.output}: {report['tokens']} tokens"

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     write_image(args.output, picture, overwrite=args.overwrite)
     kept = int(encoded.kept.sum())
     sys.stdout.write(
-        f"wrote {args.output}: {kept} of {encoded.kept.numel()} patches kept; from left: what CLIP sees, "
-        "similarity to the prompt (bright: similar), kept patches lit, shuffled picture\n"
+        f"wrote {args.output}: {kept} of {encoded.kept.numel()} patches kept; from left: what CLIP "
+        "sees, similarity to the prompt (bright: similar), kept patches lit, shuffled picture\n"
     )
     return 0

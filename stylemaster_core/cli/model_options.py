@@ -122,3 +122,11 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write WIDTHxHEIGHT, e.g. 832x480")
     return int(match[2]), int(match[1])
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """`0.0:0.7` -> (start, end)."""
+    match = re.fullmatch(r"([0-9.]+):([0-9.]+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; write START:END, e.g. 0.0:0.7")
+    return float(match[1]), float(match[2])

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from ..data.images import CropMode, read_image
 from ..errors import ConfigError
-from ..models.style_tokens import BlendMode, Style, blend_styles, load_style
+from ..models.decoupled_attention import StyleRegion
+from ..models.style_tokens import (
+    BlendMode,
+    Style,
+    blend_styles,
+    load_style,
+    styles_over_time,
+)
 from ..models.texture_selector import SelectionMode
 from ..pipelines.encode_style import TextureConfig, encode_style
 from ..pipelines.models import Models
+from .model_options import parse_range
 
 
 def add_texture_options(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +32,7 @@ def add_texture_options(parser: argparse.ArgumentParser) -> None:
         "--selection",
         default="release",
         choices=get_args(SelectionMode),
-        help="patches kept: most similar to the prompt (release), least similar (paper), all, random",
+        help="patches kept: most (release) or least (paper) similar to the prompt, all, random",
     )
     group.add_argument("--drop-rate", type=float, help="share of patches dropped; default 0.95")
     group.add_argument("--keep", type=int, help="number of patches kept, instead of a drop rate")
@@ -31,6 +42,7 @@ def add_texture_options(parser: argparse.ArgumentParser) -> None:
 
 
 def texture_config(args: argparse.Namespace) -> TextureConfig:
+    """Settings of the style encoder from parsed options."""
     return TextureConfig(
         selection=args.selection,
         drop_rate=args.drop_rate,
@@ -59,16 +71,27 @@ def add_style_options(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="weight of each --style, in their order",
     )
-    parser.add_argument("--blend", default="mean", choices=get_args(BlendMode))
+    parser.add_argument(
+        "--blend",
+        default="mean",
+        choices=(*get_args(BlendMode), "time"),
+        help="how several styles act: mixed, side by side, or one after another over the video",
+    )
+    parser.add_argument(
+        "--style-mask",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="where each --style acts, in their order: a gray picture, white for there",
+    )
+    parser.add_argument("--style-strength", type=float, default=1.0, help="of the style branch")
+    parser.add_argument("--style-range", type=parse_range, default=(0.0, 1.0), metavar="START:END")
     add_texture_options(parser)
 
 
-def open_style(args: argparse.Namespace, models: Models, prompt: str) -> Style | None:
-    """Encode or load what --style names; None if there is none."""
-    if not args.style:
-        if args.style_weight:
-            raise ConfigError("--style-weight needs a --style each")
-        return None
+def open_styles(args: argparse.Namespace, models: Models, prompt: str) -> list[Style]:
+    """Encode or load each --style."""
     styles = []
     for path in args.style:
         if path.suffix == ".safetensors":
@@ -77,6 +100,40 @@ def open_style(args: argparse.Namespace, models: Models, prompt: str) -> Style |
             image = read_image(path)
             encoded = encode_style(models, image, prompt, texture_config(args), name=path.name)
             styles.append(encoded.style)
+    return styles
+
+
+def blended(args: argparse.Namespace, styles: list[Style]) -> Style:
+    """One style of all."""
+    if args.blend == "time":
+        raise ConfigError("--blend time is for a video; a single style is mean or concatenate")
     if len(styles) == 1 and not args.style_weight:
         return styles[0]
     return blend_styles(styles, args.style_weight or None, args.blend)
+
+
+def style_regions(args: argparse.Namespace, styles: list[Style]) -> list[StyleRegion] | None:
+    """What the styles mean for a generation; None without a style."""
+    if not styles:
+        if args.style_weight or args.style_mask:
+            raise ConfigError("--style-weight and --style-mask need a --style each")
+        return None
+    if args.style_mask:
+        if len(args.style_mask) != len(styles) or args.style_weight or args.blend == "time":
+            raise ConfigError(
+                f"got {len(args.style_mask)} --style-mask for {len(styles)} --style; give one for "
+                "each, without --style-weight or --blend time"
+            )
+        regions = [
+            StyleRegion(
+                style.tokens, mask=torch.from_numpy(read_image(path)).float().mean(-1) / 255
+            )
+            for style, path in zip(styles, args.style_mask, strict=True)
+        ]
+    elif args.blend == "time":
+        regions = styles_over_time(styles, args.style_weight or None)
+    else:
+        regions = [StyleRegion(blended(args, styles).tokens)]
+    start, end = args.style_range
+    strength = args.style_strength
+    return [replace(region, scale=strength, start=start, end=end) for region in regions]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import ConfigError
 from ..sampling.samplers import SamplerName
-from .model_options import add_model_options, open_models, parse_size
+from .model_options import add_model_options, open_models, parse_range, parse_size
 
 if TYPE_CHECKING:
     from ..data.videos import VideoClip
@@ -46,12 +45,10 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--shift", type=float, default=5.0)
     group.add_argument("--text-scale", type=float, default=8.0, help="guidance by the prompt")
     group.add_argument("--style-scale", type=float, help="guidance by the style; 4, with control 3")
-    group.add_argument("--style-strength", type=float, default=1.0, help="of the style branch")
-    group.add_argument("--style-range", type=_range, default=(0.0, 1.0), metavar="START:END")
     group.add_argument("--denoise", type=float, default=1.0, help="below 1: start from the input")
     group.add_argument("--no-control", action="store_true", help="no gray-tile control")
     group.add_argument("--control-scale", type=float, default=1.0)
-    group.add_argument("--control-range", type=_range, default=(0.0, 0.7), metavar="START:END")
+    group.add_argument("--control-range", type=parse_range, default=(0.0, 0.7), metavar="START:END")
     group.add_argument("--tile-factor", type=int, default=8)
     group.add_argument("--motion-scale", type=float, default=-0.3, help="with --motion-adapter")
     group.add_argument(
@@ -74,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..data.videos import VIDEO_CODECS, write_video
     from ..pipelines.stylize import stylize
-    from .style_options import open_style
+    from .style_options import open_styles, style_regions
 
     started = time.perf_counter()
     task = _task(args)
@@ -88,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     _say(args, f"{task}: {args.output.name}")
     with tempfile.TemporaryDirectory() as scratch:
         models = open_models(args, Path(scratch))
-        style = open_style(args, models, args.prompt)
+        style = style_regions(args, open_styles(args, models, args.prompt))
         bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
         try:
             result = stylize(
@@ -178,8 +175,6 @@ def _config(args: argparse.Namespace, task: Any) -> StylizeConfig:
         sampler=args.sampler,
         text_scale=args.text_scale,
         style_scale=args.style_scale,
-        style_strength=args.style_strength,
-        style_range=args.style_range,
         denoise=args.denoise,
         control=not args.no_control,
         control_scale=args.control_scale,
@@ -189,13 +184,6 @@ def _config(args: argparse.Namespace, task: Any) -> StylizeConfig:
         windows=WindowConfig((args.window - 1) // 4 + 1, args.window_overlap // 4),
         batch_branches=args.batch_branches,
     )
-
-
-def _range(text: str) -> tuple[float, float]:
-    match = re.fullmatch(r"([0-9.]+):([0-9.]+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no range; write START:END, e.g. 0.0:0.7")
-    return float(match[1]), float(match[2])
 
 
 def _say(args: argparse.Namespace, text: str) -> None:

@@ -1,4 +1,4 @@
-"""A clip and style pictures drawn by code, so that a demonstration needs no downloads and no rights."""
+"""A clip and style pictures drawn by code: a demonstration needs no downloads and no rights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _bay(time: float, height: int, width: int) -> np.ndarray:
 
 
 def demo_styles(size: int = 256) -> dict[str, np.ndarray]:
-    """Style pictures by name, each uint8 [size, size, 3]: a woodcut, a mosaic and a neon screen print."""
+    """Style pictures, each uint8 [size, size, 3]: a woodcut, a mosaic and a neon screen print."""
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     field = np.sin(7 * x + 3 * np.sin(4 * y)) + np.cos(9 * y - 2 * x)
     tone = (field - field.min()) / (field.max() - field.min())

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ..errors import ConfigError, LayoutError, WeightsError
 from ..weights.files import read_state_dict, write_state_dict
+from .decoupled_attention import StyleRegion
 
 FORMAT = "stylemaster-style-1"
+TIME_STEPS = 840  # resolution of masks over time; divisible by most small numbers of frames
 BlendMode = Literal["mean", "concatenate"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Style:
     """Style tokens and where they come from.
 
@@ -45,7 +47,8 @@ def blend_styles(
     Args:
         styles: at least one, of one width; for `mean` of one number of tokens, too.
         weights: one per style, not negative, not all 0; None for equal weights. Only for `mean`.
-        mode: `mean` is the weighted mean of the tokens; `concatenate` lets the video attend to the tokens of all.
+        mode: `mean` is the weighted mean of the tokens; `concatenate` lets the video attend to the
+            tokens of all.
 
     Raises:
         ConfigError: for weights that cannot work.
@@ -80,6 +83,35 @@ def blend_styles(
     return Style(tokens.to(styles[0].tokens.dtype), provenance)
 
 
+def styles_over_time(
+    styles: Sequence[Style], shares: Sequence[float] | None = None, *, fade: float = 0.1
+) -> list[StyleRegion]:
+    """One style after another over the length of a video, with cross-fades.
+
+    Args:
+        styles: in their order in time.
+        shares: how much of the video each has; None for equal shares.
+        fade: length of a cross-fade, as a share of the video.
+
+    Raises:
+        ConfigError: for shares that are not positive, or a fade outside 0..1.
+    """
+    shares = list(shares) if shares is not None else [1.0] * len(styles)
+    if len(shares) != len(styles) or min(shares, default=0.0) <= 0:
+        raise ConfigError(f"{len(styles)} styles need as many positive shares, got {shares}")
+    if not 0 <= fade <= 1:
+        raise ConfigError(f"the fade must lie in 0..1 of the video, got {fade}")
+    time = (torch.arange(TIME_STEPS) + 0.5) / TIME_STEPS
+    ends = torch.tensor(shares).cumsum(0) / sum(shares)
+    # How far each moment lies past each change of style: 0 before the fade, 1 after it.
+    past = [((time - end) / max(fade, 1e-6) + 0.5).clamp(0, 1) for end in ends[:-1].tolist()]
+    past = [torch.ones(TIME_STEPS), *past, torch.zeros(TIME_STEPS)]
+    return [
+        StyleRegion(style.tokens, mask=(past[i] * (1 - past[i + 1])).reshape(-1, 1, 1))
+        for i, style in enumerate(styles)
+    ]
+
+
 def save_style(path: str | Path, style: Style, *, overwrite: bool = False) -> Path:
     """Write a style as safetensors; its provenance goes into the header.
 
@@ -106,4 +138,7 @@ def load_style(path: str | Path) -> Style:
         provenance = json.loads(file.metadata.get("provenance", "{}"))
     except json.JSONDecodeError as error:
         raise WeightsError(f"{path}: the provenance in its header is damaged: {error}") from error
-    return Style(file.tensors["style_tokens"], provenance)
+    try:
+        return Style(file.tensors["style_tokens"], provenance)
+    except LayoutError as error:
+        raise WeightsError(f"{path} is no usable style: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,10 @@ class TextureConfig:
 
 
 class EncodedStyle(NamedTuple):
+    """Result of `encode_style`."""
+
+    """A style, and what was seen on the way to it."""
+
     style: Style
     similarity: Tensor  # [1, h, w] of each patch with the prompt
     kept: Tensor  # [1, h, w] bool
@@ -49,7 +54,8 @@ def encode_style(
     """Encode one style picture.
 
     Args:
-        models: provides CLIP, the adapter and, where the selection ranks by the prompt, a text encoder.
+        models: provides CLIP, the adapter and, where patches are ranked by the prompt, a text
+            encoder.
         image: uint8 [H, W, 3].
         prompt: the prompt of the generation: selection compares patches with it.
         config: selection, crop and seed.
@@ -65,7 +71,8 @@ def encode_style(
     with models.style_projector() as projector, models.image_encoder() as encoder:
         views = torch.stack([clip_pixels(view, crop=config.crop) for view in (image, shuffled)])
         features = encoder.encode(views)
-        # A contrastively trained projection (the paper) reads the picture itself, the release its shuffle.
+        # A contrastively trained projection (the paper) reads the picture itself, the release the
+        # shuffled one.
         view = 0 if projector.contrastive is not None else 1
         patches = features.patch_features[:1]
         prompt_features = similarity = None
@@ -100,7 +107,7 @@ def encode_style(
         "image_sha256": hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest(),
         "prompt": prompt,
         "texture": asdict(config),
-        "adapter": str((models.files.adapter or models.files.transformer or "")).split("/")[-1],
+        "adapter": Path(models.files.adapter or models.files.transformer or "").name,
     }
     style = Style(result.tokens.float().cpu(), provenance)
     maps = relevance_map(Selection(result.kept, result.similarity), patches.shape[1])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class ModelFiles:
     """Paths of weight files or folders; what a task does not need may be None.
 
     Attributes:
-        transformer: the whole release (`stylemaster.ckpt`), or a Wan 2.1 T2V base in ComfyUI's, Wan's own or
-            diffusers' format (file or folder).
+        transformer: the whole release (`stylemaster.ckpt`), or a Wan 2.1 T2V base in ComfyUI's,
+            Wan's own or diffusers' format (file or folder).
         vae: Wan VAE, file or folder.
         text_encoder: UMT5-XXL, file or folder.
         image_encoder: CLIP ViT-H/14 vision tower, file or folder.
@@ -138,8 +138,8 @@ class Models:
         """
         if offload not in get_args(Offload) or storage not in get_args(Storage):
             raise ConfigError(
-                f"offload must be one of {get_args(Offload)} and storage one of {get_args(Storage)}, "
-                f"got {offload!r} and {storage!r}"
+                f"offload must be one of {get_args(Offload)} and storage one of "
+                f"{get_args(Storage)}, got {offload!r} and {storage!r}"
             )
         self.files = files
         self.device = choose_device(device)
@@ -239,7 +239,7 @@ class Models:
         weights = _read(path, {"stylemaster", "style_adapter"}, "a StyleMaster adapter")
         metadata = read_state_dict(path).metadata if path.is_file() else {}
         prefix = "style_model."
-        style = {k[len(prefix) :]: v.float() for k, v in weights.items() if k.startswith(prefix)}
+        XX
         heads = int(metadata.get("style_num_heads", 8))
         return load_style_projector(style, num_heads=heads).to(self.device)
 
@@ -269,7 +269,7 @@ class Models:
                 offload_type="leaf_level",
             )
         else:
-            model.to(self.device)
+            cast(torch.nn.Module, model).to(self.device)
         if self.files.motion_adapter is not None:
             motion = _read(self.files.motion_adapter, {"motion_adapter"}, "a motion adapter")
             model.motion_adapter = load_motion_adapter(self._cast(motion)).to(self.device)

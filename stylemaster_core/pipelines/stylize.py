@@ -13,8 +13,16 @@ from torch import Tensor
 
 from ..data.gray_tile import cover_resize_frames, gray_tile
 from ..errors import ConfigError, LayoutError
-from ..layouts import Padding, check_frames, frames_to_video, latent_shape, pad_video
-from ..layouts import fit_size, padded_num_frames, video_to_frames
+from ..layouts import (
+    Padding,
+    check_frames,
+    fit_size,
+    frames_to_video,
+    latent_shape,
+    pad_video,
+    padded_num_frames,
+    video_to_frames,
+)
 from ..models.decoupled_attention import StyleRegion
 from ..models.motion_adapter import attached_motion
 from ..models.style_tokens import Style
@@ -44,9 +52,6 @@ class StylizeConfig:
     sampler: SamplerName = "euler"
     text_scale: float = 8.0
     style_scale: float | None = None  # None: 4, with control 3
-    style_strength: float = 1.0  # of the whole style branch
-    style_range: tuple[float, float] = (0.0, 1.0)
-    block_scales: tuple[float, ...] | None = None
     denoise: float = 1.0  # below 1: start from the input video
     control: bool = True  # gray-tile control of a given video or image
     control_scale: float = 1.0
@@ -58,6 +63,8 @@ class StylizeConfig:
 
 
 class Stylized(NamedTuple):
+    """Result of `stylize`."""
+
     frames: np.ndarray  # uint8 [T, H, W, 3], of the input's size and length
     latents: Tensor  # [1, 16, t, h, w] normalised, before cutting back
 
@@ -76,11 +83,11 @@ def stylize(
 
     Args:
         models: where the models come from.
-        style: from `encode_style` or `load_style`; regions for several styles with masks or time ranges; None
-            generates without style.
+        style: from `encode_style` or `load_style`; regions for strength, range, masks, or several
+            styles; None generates without style.
         config: task and settings.
         frames: uint8 [T, H, W, 3] input of video-to-video and image-to-image; any size and length.
-        callback: called after each step with `StepProgress`; an exception from it ends the generation.
+        callback: called after each step with `StepProgress`; an exception from it ends the run.
         stage: called with the name of each stage.
 
     Returns:
@@ -89,11 +96,12 @@ def stylize(
     Raises:
         ConfigError, LayoutError, WeightsError: for options, inputs or files that cannot work.
 
-    Source: StyleMaster, sec. 3; deviation: any size and length (padded and cut back), long videos by windows.
+    Source: StyleMaster, sec. 3; deviation: any size and length (padded and cut back), long videos
+    by windows.
     """
     source, padding = _prepare_frames(config, frames)
     t, h, w = latent_shape(*_padded_size(padding))
-    regions = _regions(style, config)
+    regions = [StyleRegion(style.tokens)] if isinstance(style, Style) else style
 
     stage("encoding the prompt")
     with models.text_encoder() as text_encoder:
@@ -166,23 +174,6 @@ def _padded_size(padding: Padding) -> tuple[int, int, int]:
     return (padded_num_frames(padding.num_frames), *fit_size(padding.height, padding.width))
 
 
-def _regions(
-    style: Style | Sequence[StyleRegion] | None, config: StylizeConfig
-) -> Sequence[StyleRegion] | None:
-    if not isinstance(style, Style):
-        return style
-    start, end = config.style_range
-    return [
-        StyleRegion(
-            style.tokens,
-            scale=config.style_strength,
-            block_scales=config.block_scales,
-            start=start,
-            end=end,
-        )
-    ]
-
-
 def _style_scale(config: StylizeConfig, control: bool) -> float:
     if config.style_scale is not None:
         return config.style_scale
@@ -210,8 +201,8 @@ def _check(config: StylizeConfig, frames: np.ndarray | None) -> None:
             raise ConfigError(f"the number of frames of {task} is that of its input; leave it out")
         if not config.control and config.denoise == 1:
             raise ConfigError(
-                "without control and at denoise 1 nothing of the input would be left; keep the control, or "
-                "choose a denoise below 1"
+                "without control and at denoise 1 nothing of the input would be left; keep the "
+                "control, or choose a denoise below 1"
             )
     elif config.denoise != 1:
         raise ConfigError(f"{task} starts from noise: denoise must be 1, got {config.denoise}")
@@ -225,7 +216,7 @@ def _check(config: StylizeConfig, frames: np.ndarray | None) -> None:
         raise LayoutError(
             f"the input is {frames.shape[2]} x {frames.shape[1]} px; at least 16 x 16 is needed"
         )
-    for name in ("text_scale", "style_scale", "style_strength", "control_scale", "motion_scale"):
+    for name in ("text_scale", "style_scale", "control_scale", "motion_scale"):
         value = getattr(config, name)
         if value is not None and not abs(value) < float("inf"):
             raise ConfigError(f"{name.replace('_', ' ')} must be a finite number, got {value}")

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: a real video with audio through every task, on small random weights."""
+"""The command line as a user runs it: every task, small random weights, a video with audio."""
 
 import json
 import math
@@ -187,6 +187,31 @@ def test_blend_of_styles(inputs, files, tmp_path):
         results[name] = read_image(tmp_path / f"{name}.png")
     assert np.array_equal(results["first"], results["alone"])
     assert not np.array_equal(results["even"], results["alone"])
+
+
+def test_styles_by_mask_and_by_time(inputs, files, tmp_path):
+    write_image(tmp_path / "other.png", demo_styles(96)["woodcut"])
+    left = np.zeros((32, 32, 3), np.uint8)
+    left[:, :16] = 255
+    write_image(tmp_path / "left.png", left)
+    write_image(tmp_path / "right.png", 255 - left)
+    both = ("--style", inputs / "style.png", "--style", tmp_path / "other.png")
+    masks = ("--style-mask", tmp_path / "left.png", "--style-mask", tmp_path / "right.png")
+    base = ("--size", "32x32", "--frames", "9", *QUICK, *files)
+    results = {}
+    for name, options in (
+        ("one", both[:2]),
+        ("mixed", both),
+        ("masked", (*both, *masks)),
+        ("time", (*both, "--blend", "time")),
+        ("weak", (*both[:2], "--style-strength", "0.3")),
+        ("early", (*both[:2], "--style-range", "0:0.2")),
+    ):
+        assert run("stylize", tmp_path / f"{name}.mp4", *options, *base) == 0, name
+        results[name] = read_video(tmp_path / f"{name}.mp4").frames
+    arrays = list(results.values())
+    for i, first in enumerate(arrays):
+        assert all(not np.array_equal(first, second) for second in arrays[i + 1 :])
 
 
 BAD = {
