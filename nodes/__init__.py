@@ -1,0 +1,18 @@
+"""The nodes of StyleMaster for ComfyUI: each module has its list of them."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import apply_style, control, folders, latent, loaders, sampling, style
+from .paths import register_folders
+
+
+class StyleMasterExtension(ComfyExtension):
+    """What ComfyUI asks for the nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        # Here and not in on_load, which ComfyUI 0.3.64 does not call.
+        register_folders()
+        modules = (loaders, style, apply_style, control, latent, sampling, folders)
+        return [node for module in modules for node in module.NODES]

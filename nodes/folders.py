@@ -1,0 +1,186 @@
+"""Nodes for many videos: a folder of them one by one, and a sheet that compares results."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import numpy as np
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..stylemaster_core.errors import ConfigError
+from ..stylemaster_core.pipelines.pictures import contact_sheet
+from .layouts import frames_to_image, image_to_frames
+from .paths import find_inside, fingerprint
+from .sockets import schema
+
+VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+NUM_RESULTS = 4
+
+
+def video_folders() -> list[str]:
+    """The input folder (".") and its sub-folders that hold videos."""
+    root = folder_paths.get_input_directory()
+    found = [
+        os.path.relpath(folder, root)
+        for folder, _, names in os.walk(root)
+        if any(name.lower().endswith(VIDEO_ENDINGS) for name in names)
+    ]
+    return [".", *sorted(name for name in found if name != ".")]
+
+
+def video_of_folder(folder: str, index: int) -> Path:
+    """The video of this number, from 0, in the order of the names.
+
+    Raises:
+        ConfigError: if the folder or the video is none of ComfyUI's input folder, or there is no
+            such number.
+    """
+    root = folder_paths.get_input_directory()
+    place = find_inside(folder, [root])
+    if place is None or not place.is_dir():
+        raise ConfigError(f"there is no folder {folder!r} in {root}; put the videos there")
+    names = sorted(
+        (name for name in os.listdir(place) if name.lower().endswith(VIDEO_ENDINGS)),
+        key=str.lower,
+    )
+    if not 0 <= index < len(names):
+        raise ConfigError(
+            f"there is no video {index} in {place}: it holds {len(names)} "
+            f"({', '.join(VIDEO_ENDINGS)}), counted from 0"
+            + ("; set the index to 0 to begin again" if names else "; put videos there")
+        )
+    video = find_inside(f"{folder}/{names[index]}", [root])
+    assert video is not None
+    return video
+
+
+class FolderVideo(io.ComfyNode):
+    """A folder of the input folder and a number -> IMAGE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="StyleMasterFolderVideo",
+            display_name="Folder Video",
+            description="One video of a folder after the other: set the number of queued runs to "
+            "the number of videos.",
+            search_aliases=["batch videos", "load video folder", "video list"],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=video_folders(),
+                    default=".",
+                    tooltip="Folder inside ComfyUI's input folder; '.' is that folder itself.",
+                ),
+                io.Int.Input(
+                    "index",
+                    default=0,
+                    min=0,
+                    max=1000000,
+                    control_after_generate=True,
+                    tooltip="Number of the video, from 0, in the order of the names. With "
+                    "'increment' each queued run takes the next.",
+                ),
+                io.Int.Input(
+                    "first_frame",
+                    default=0,
+                    min=0,
+                    max=1000000,
+                    tooltip="How many frames to leave out at the beginning.",
+                ),
+                io.Int.Input(
+                    "max_frames",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    tooltip="How many frames to take at most; 0 takes all.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="frames", tooltip="The frames."),
+                io.Float.Output(display_name="fps", tooltip="Frames a second."),
+                io.String.Output(display_name="name", tooltip="File name without its ending."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, index: int, **_others: Any) -> str:
+        return fingerprint(video_of_folder(folder, index))
+
+    @classmethod
+    def execute(cls, folder: str, index: int, first_frame: int, max_frames: int) -> io.NodeOutput:
+        from ..stylemaster_core.data.videos import read_video
+
+        path = video_of_folder(folder, index)
+        clip = read_video(path, start_frame=first_frame, max_frames=max_frames or None)
+        return io.NodeOutput(frames_to_image(clip.frames), float(clip.fps), path.stem)
+
+
+def _some_frames(image: Tensor, what: str, count: int) -> list[np.ndarray]:
+    """At most `count` frames, evenly from the first to the last."""
+    frames = image_to_frames(image, what)
+    chosen = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
+    return [frames[i] for i in chosen]
+
+
+class CompareStyles(io.ComfyNode):
+    """IMAGEs -> one IMAGE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        results: list[io.Input] = [
+            io.Image.Input(f"result_{n}", optional=n > 1, tooltip=f"Result {n}: frames.")
+            for n in range(1, NUM_RESULTS + 1)
+        ]
+        return schema(
+            node_id="StyleMasterCompareStyles",
+            display_name="Compare Styles",
+            description="A labelled sheet: reference, content and results, some frames of each.",
+            search_aliases=["contact sheet", "image grid", "comparison"],
+            inputs=[
+                io.Image.Input("reference", optional=True, tooltip="Style pictures."),
+                io.Image.Input("content", optional=True, tooltip="The video before."),
+                *results,
+                io.String.Input(
+                    "labels",
+                    default="",
+                    tooltip="Labels of the results, separated by commas; else they are numbered.",
+                ),
+                io.Int.Input(
+                    "columns",
+                    default=5,
+                    min=1,
+                    max=32,
+                    tooltip="How many frames of each, evenly from first to last.",
+                ),
+                io.Int.Input(
+                    "side",
+                    default=192,
+                    min=32,
+                    max=1024,
+                    tooltip="Side of the square that each frame is fitted into, in pixels.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="sheet", tooltip="For Save Image.")],
+        )
+
+    @classmethod
+    def execute(cls, labels: str, columns: int, side: int, **images: Tensor) -> io.NodeOutput:
+        names = {"reference": "reference", "content": "content"}
+        words = [word.strip() for word in labels.split(",")]
+        for n in range(1, NUM_RESULTS + 1):
+            given = words[n - 1] if n <= len(words) else ""
+            names[f"result_{n}"] = given or f"result {n}"
+        rows = [
+            (label, _some_frames(images[key], f"{key} of the comparison", columns))
+            for key, label in names.items()
+            if images.get(key) is not None
+        ]
+        return io.NodeOutput(frames_to_image(contact_sheet(rows, side)[None]))
+
+
+NODES = [FolderVideo, CompareStyles]

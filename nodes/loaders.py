@@ -1,0 +1,171 @@
+"""Nodes that load weights: the style adapter and the motion adapter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..stylemaster_core.errors import WeightsError
+from ..stylemaster_core.models.decoupled_attention import create_style_attention
+from ..stylemaster_core.models.motion_adapter import load_motion_adapter
+from ..stylemaster_core.models.style_projector import load_style_projector
+from ..stylemaster_core.weights.files import read_state_dict
+from ..stylemaster_core.weights.state_dict import (
+    Kind,
+    describe_kind,
+    detect_kind,
+    shapes_of,
+    strip_prefix,
+)
+from .motion import patch_motion
+from .paths import ADAPTERS, fingerprint, model_file, model_names
+from .sockets import StyleAdapter, StyleAdapterSocket, schema
+
+PACK = Path(__file__).resolve().parents[1]
+
+
+def read_kind(path: Path, wanted: Kind, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of one kind.
+
+    Raises:
+        WeightsError: if it is damaged or of another kind; for the release's checkpoint with the
+            command that converts it.
+    """
+    file = read_state_dict(path)
+    tensors = strip_prefix(file.tensors)
+    kind = detect_kind(shapes_of(tensors))
+    if kind == wanted:
+        return tensors, file.metadata
+    message = f"{path} is no {what}. This file is {describe_kind(kind)}."
+    if kind == "stylemaster" and wanted == "style_adapter":
+        message += (
+            " The command, for a terminal:\n"
+            f'cd "{PACK}" && "{sys.executable}" -m stylemaster_core weights convert "{path}"\n'
+            "Then refresh the node (R) and choose the new file."
+        )
+    raise WeightsError(message)
+
+
+def load_style_adapter(path: Path) -> StyleAdapter:
+    """Load both parts of a style adapter.
+
+    Raises:
+        WeightsError: if the file is of another kind, damaged or incomplete.
+    """
+    tensors, metadata = read_kind(path, "style_adapter", "StyleMaster style adapter")
+    prefix = "style_model."
+    style = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
+    projector = load_style_projector(style, num_heads=int(metadata.get("style_num_heads", 8)))
+    attention = create_style_attention(tensors)
+    if attention is None:
+        raise WeightsError(
+            f"{path} holds a style model but no k_img and v_img of the blocks; convert the release "
+            "again, or download the adapter again"
+        )
+    return StyleAdapter(path.name, projector, attention)
+
+
+class LoadAdapter(io.ComfyNode):
+    """models/stylemaster -> STYLE_ADAPTER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="StyleMasterAdapterLoader",
+            display_name="Load StyleMaster Adapter",
+            description="Loads a style adapter from models/stylemaster.",
+            search_aliases=["style adapter", "ip adapter", "stylemaster checkpoint"],
+            inputs=[
+                io.Combo.Input(
+                    "adapter_name",
+                    options=model_names(ADAPTERS),
+                    tooltip="Style adapter in models/stylemaster (.safetensors). The released "
+                    "stylemaster.ckpt must be converted first; choosing it shows the command.",
+                )
+            ],
+            outputs=[
+                StyleAdapterSocket.Output(
+                    display_name="adapter", tooltip="For TextureSelector and Apply Style."
+                )
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str) -> str:
+        return fingerprint(model_file(adapter_name, ADAPTERS))
+
+    @classmethod
+    def execute(cls, adapter_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_style_adapter(model_file(adapter_name, ADAPTERS)))
+
+
+class MotionAdapterLoader(io.ComfyNode):
+    """MODEL -> MODEL with the motion adapter."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="StyleMasterMotionAdapter",
+            display_name="MotionAdapterLoader",
+            description="Applies a motion adapter, a LoRA trained on still videos. Below 0 it "
+            "leads away from still videos: more motion, stronger style.",
+            search_aliases=["motion lora", "still motion adapter", "stylemaster motion"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model."),
+                io.Combo.Input(
+                    "adapter_name",
+                    options=model_names("loras", ADAPTERS),
+                    tooltip="Motion adapter in models/loras or models/stylemaster.",
+                ),
+                io.Float.Input(
+                    "motion_scale",
+                    default=-0.3,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="1 is the still videos of the training, 0 the base model; below 0 the "
+                    "video moves more. The paper chose -0.3.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling at which it begins to act.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling at which it ends. From 0 to 1 it is merged into "
+                    "the weights like any LoRA; a shorter range adds it while sampling, a little "
+                    "slower.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with motion adapter.")
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str, **_others: Any) -> str:
+        return fingerprint(model_file(adapter_name, "loras", ADAPTERS))
+
+    @classmethod
+    def execute(
+        cls, model: Any, adapter_name: str, motion_scale: float, start: float, end: float
+    ) -> io.NodeOutput:
+        path = model_file(adapter_name, "loras", ADAPTERS)
+        tensors, _ = read_kind(path, "motion_adapter", "motion adapter")
+        adapter = load_motion_adapter(tensors)
+        return io.NodeOutput(patch_motion(model, adapter, motion_scale, start, end))
+
+
+NODES = [LoadAdapter, MotionAdapterLoader]

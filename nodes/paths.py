@@ -1,0 +1,129 @@
+"""Files that a workflow may name: only those inside ComfyUI's own folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import folder_paths
+
+from ..stylemaster_core.errors import ConfigError, WeightsError
+from ..stylemaster_core.weights.manifest import how_to_get
+
+ADAPTERS = "stylemaster"
+STYLES = "stylemaster_styles"
+STYLES_SUBFOLDER = "styles"
+
+_SEPARATORS = re.compile(r"[/\\]")
+
+
+def register_folders() -> None:
+    """Make models/stylemaster and its `styles` known to ComfyUI.
+
+    A `.ckpt` is listed so that its loader can tell how to convert it.
+    """
+    root = os.path.join(folder_paths.models_dir, ADAPTERS)
+    _register(ADAPTERS, root, {".safetensors", ".ckpt"})
+    _register(STYLES, os.path.join(root, STYLES_SUBFOLDER), {".safetensors"})
+
+
+def _register(name: str, folder: str, endings: set[str]) -> None:
+    folder_paths.add_model_folder_path(name, folder)
+    # ComfyUI lists every file of a folder that was added without endings.
+    folders, _ = folder_paths.folder_names_and_paths[name]
+    folder_paths.folder_names_and_paths[name] = (folders, endings)
+
+
+def model_names(*categories: str) -> list[str]:
+    """Names of the files in these model folders, saved styles left out of the adapters."""
+    names = dict.fromkeys(
+        name for category in categories for name in folder_paths.get_filename_list(category)
+    )
+    return [name for name in names if _SEPARATORS.split(name)[0] != STYLES_SUBFOLDER]
+
+
+def model_file(name: str, *categories: str) -> Path:
+    """The file of this name in one of these model folders; the first one counts.
+
+    Raises:
+        ConfigError: if the name leads out of them.
+        WeightsError: if there is no such file.
+    """
+    folders = [f for category in categories for f in folder_paths.get_folder_paths(category)]
+    path = find_inside(name, folders)
+    if path is None or not path.is_file():
+        places = ", ".join(folders)
+        raise WeightsError(f"there is no file {name!r} in {places}. {how_to_get(Path(name).name)}")
+    return path
+
+
+def fingerprint(path: Path) -> str:
+    """Changes whenever the file does: size and time of the last change."""
+    stat = path.stat()
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def find_inside(name: str, folders: Iterable[str | Path]) -> Path | None:
+    """Resolve a name inside one of some folders.
+
+    Args:
+        name: relative path with either separator.
+        folders: which to look in, in this order; they themselves may be links.
+
+    Returns:
+        The real path of an existing file or folder; None if none of them holds it.
+
+    Raises:
+        ConfigError: if the name is absolute, climbs up, names a drive, or is a link that leads out.
+    """
+    parts = check_name(name)
+    roots = [Path(os.path.realpath(folder)) for folder in folders]
+    for root in roots:
+        path = Path(os.path.realpath(root.joinpath(*parts)))
+        if not any(path == other or other in path.parents for other in roots):
+            raise ConfigError(
+                f"{name!r} is a link that leads out of ComfyUI's folders; put the file itself "
+                "there, or name its folder in extra_model_paths.yaml"
+            )
+        if path.exists():
+            return path
+    return None
+
+
+def check_name(name: str) -> Sequence[str]:
+    """Parts of a name that may lead into a folder and never out of it.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    parts = [part for part in _SEPARATORS.split(name) if part != "."]
+    faults = {
+        "it is empty": not name.strip(),
+        "it holds a null byte": "\0" in name,
+        "it is absolute": name.startswith(("/", "\\")),
+        "it names a drive or a stream": ":" in name,
+        "it climbs up with '..'": any(part.strip(". ") == "" and part for part in parts),
+    }
+    found = [fault for fault, present in faults.items() if present]
+    if found:
+        raise ConfigError(
+            f"the path {name!r} is refused: {found[0]}. Give a name inside ComfyUI's folders, such "
+            "as 'clips/cat.mp4'"
+        )
+    return [part for part in parts if part]
+
+
+def new_style_file(prefix: str) -> Path:
+    """A free path `<prefix>_00001_.safetensors` in the folder of styles.
+
+    Raises:
+        ConfigError: if the prefix leads out of it.
+    """
+    check_name(prefix)
+    root = os.path.realpath(folder_paths.get_folder_paths(STYLES)[0])
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    if Path(root) not in (Path(os.path.realpath(folder)), *Path(os.path.realpath(folder)).parents):
+        raise ConfigError(f"{prefix!r} is a link that leads out of {root}; choose another name")
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"

@@ -1,0 +1,50 @@
+"""The sockets of this pack, what travels through them, and the schema that all nodes share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..stylemaster_core.data.images import CropMode
+from ..stylemaster_core.models.decoupled_attention import StyleAttention
+from ..stylemaster_core.models.style_projector import StyleProjector
+
+StyleAdapterSocket: Any = io.Custom("STYLE_ADAPTER")  # StyleAdapter
+StyleFeaturesSocket: Any = io.Custom("STYLE_FEATURES")  # StyleFeatures
+StyleSocket: Any = io.Custom("STYLE")  # the core's Style
+
+
+@dataclass(frozen=True, eq=False)
+class StyleAdapter:
+    """A loaded style adapter."""
+
+    name: str
+    projector: StyleProjector
+    attention: StyleAttention
+
+
+@dataclass(frozen=True, eq=False)
+class StyleFeatures:
+    """What CLIP sees in B style pictures, on the CPU."""
+
+    patches: Tensor  # [B, N, C] last hidden state, CLS first
+    image_embeds: Tensor  # [B, D] of the pictures
+    shuffled_embeds: Tensor  # [B, D] of the content-shuffled pictures
+    joint_patches: Tensor | None  # [B, N, D] in the joint space; None if the model has none
+    pictures: list[np.ndarray]  # uint8 [H, W, 3]
+    shuffled: list[np.ndarray]  # uint8 [H, W, 3]
+    crop: CropMode
+    shuffle_seed: int
+
+
+def schema(*, search_aliases: list[str], **fields: Any) -> io.Schema:
+    """A node's schema; aliases for the search are left out where ComfyUI does not know them yet."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    if "search_aliases" in known:
+        fields["search_aliases"] = search_aliases
+    return io.Schema(category="StyleMaster", **fields)

@@ -1,0 +1,127 @@
+"""Style pictures through ComfyUI's CLIP vision to style tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..stylemaster_core.data.content_shuffle import content_shuffle
+from ..stylemaster_core.data.images import CropMode, clip_pixels
+from ..stylemaster_core.errors import LayoutError
+from ..stylemaster_core.models.style_tokens import BlendMode, Style, blend_styles
+from ..stylemaster_core.models.texture_selector import (
+    Selection,
+    SelectionMode,
+    prompt_similarity,
+    relevance_map,
+)
+from ..stylemaster_core.pipelines.pictures import selection_picture
+from .conditionings import Conditioning
+from .layouts import clip_view_to_image, image_to_frames, pictures_to_image
+from .sockets import StyleAdapter, StyleFeatures
+
+
+def encode_pictures(
+    clip_vision: Any, image: Tensor, shuffle_seed: int, crop: CropMode
+) -> StyleFeatures:
+    """CLIP features of pictures and of their content-shuffled versions.
+
+    Raises:
+        LayoutError: for pictures without pixels, or a vision model without projected embedding.
+    """
+    pictures = list(image_to_frames(image, "the style picture"))
+    shuffled = [content_shuffle(picture, seed=shuffle_seed) for picture in pictures]
+    views = [
+        clip_pixels(view, crop=crop, size=clip_vision.image_size) for view in pictures + shuffled
+    ]
+    seen = clip_vision.encode_image(clip_view_to_image(torch.stack(views)))
+    if seen["image_embeds"] is None or seen["image_embeds"].ndim != 2:
+        raise LayoutError(
+            "this CLIP_VISION gives no projected image embedding; load CLIP ViT-H/14 "
+            "(clip_vision_h.safetensors)"
+        )
+    patches = seen["last_hidden_state"][: len(pictures)].float().cpu()
+    embeds, shuffled_embeds = seen["image_embeds"].float().cpu().chunk(2)
+    joint = _joint_patches(clip_vision.model, patches)
+    return StyleFeatures(
+        patches, embeds, shuffled_embeds, joint, pictures, shuffled, crop, shuffle_seed
+    )
+
+
+def _joint_patches(model: Any, patches: Tensor) -> Tensor | None:
+    """Every patch in the joint text-image space, as CLIP brings the CLS token there."""
+    if not hasattr(getattr(model, "vision_model", None), "post_layernorm"):
+        return None
+    return model.visual_projection(model.vision_model.post_layernorm(patches)).float().cpu()
+
+
+def joint_similarity(features: StyleFeatures, clip_prompt: Conditioning) -> Tensor:
+    """Similarity [B, N] of patches with a prompt that CLIP itself has encoded.
+
+    Raises:
+        LayoutError: if that CLIP is not the text half of the vision model.
+    """
+    pooled, joint = clip_prompt[0][1].get("pooled_output"), features.joint_patches
+    if pooled is None or joint is None or pooled.shape[-1] != joint.shape[-1]:
+        found = "no pooled embedding" if pooled is None else f"one of {list(pooled.shape)}"
+        wanted = "none" if joint is None else f"[1, {joint.shape[-1]}]"
+        raise LayoutError(
+            f"the clip_prompt carries {found}, the style features need {wanted}; encode the prompt "
+            "with the text half of the same CLIP (ViT-H/14), not with UMT5"
+        )
+    return prompt_similarity(joint, pooled.float().cpu()[:1, None])
+
+
+def select_textures(
+    adapter: StyleAdapter,
+    features: StyleFeatures,
+    prompt: Conditioning,
+    mode: SelectionMode,
+    *,
+    drop_rate: float,
+    keep: int,
+    seed: int,
+    several: BlendMode,
+    clip_prompt: Conditioning | None,
+) -> tuple[Style, Tensor]:
+    """Style tokens of the pictures, and an IMAGE of what was kept of each."""
+    similarity = None
+    if mode == "paper" and clip_prompt is not None:
+        similarity = joint_similarity(features, clip_prompt)
+    own = adapter.projector.contrastive is not None
+    with torch.no_grad():
+        result = adapter.projector(
+            features.patches,
+            features.image_embeds if own else features.shuffled_embeds,
+            prompt[0][0].float().cpu(),
+            selection=mode,
+            drop_rate=None if keep else drop_rate,
+            keep=keep or None,
+            similarity=similarity,
+            seed=seed,
+        )
+    texture = {"selection": mode, "drop_rate": drop_rate, "keep": keep, "seed": seed}
+    texture |= {"crop": features.crop, "shuffle_seed": features.shuffle_seed}
+    styles = [
+        Style(
+            tokens[None].float(),
+            {
+                "image_sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
+                "texture": texture,
+                "adapter": adapter.name,
+            },
+        )
+        for tokens, picture in zip(result.tokens, features.pictures, strict=True)
+    ]
+    selection = Selection(result.kept, result.similarity)
+    maps = zip(*relevance_map(selection, features.patches.shape[1]), strict=True)
+    seen = zip(features.pictures, features.shuffled, maps, strict=True)
+    panels = [
+        selection_picture(picture, *map_, shuffled, crop=features.crop)
+        for picture, shuffled, map_ in seen
+    ]
+    style = styles[0] if len(styles) == 1 else blend_styles(styles, mode=several)
+    return style, pictures_to_image(panels)
