@@ -144,7 +144,7 @@ def _run(
     failed = 0
     with (
         tqdm(total=len(jobs), initial=earlier, unit="job", disable=None) as bar,
-        logging_redirect_tqdm([logger]),
+        logging_redirect_tqdm([logger if logger.handlers else logging.root]),
         _steps(clients, bar),
         closing(run_jobs(jobs, clients, journal, args.out, config)) as results,
     ):

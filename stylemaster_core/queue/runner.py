@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -79,11 +80,12 @@ def run_jobs(
         folder,
         config,
     )
-    board.remove_parts()
-    servers = [_Server(client, board) for client in clients]
     if not board.pending:
         return
-    with ThreadPoolExecutor(max_workers=len(servers)) as pool:
+    servers = [_Server(client, board) for client in clients]
+    with ExitStack() as stack:
+        stack.callback(board.remove_parts)
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=len(servers)))
         problems = list(pool.map(_Server.connect, servers))
         if all(problems):
             raise StyleMasterError(
@@ -92,24 +94,17 @@ def run_jobs(
             )
         for server in servers:
             server.adopt()
+        stack.callback(board.over.set)
         running = [pool.submit(server.run) for server in servers]
-        try:
-            while board.has_open or not board.results.empty():
-                try:
-                    yield board.results.get(timeout=_TICK_S)
-                    continue
-                except queue.Empty:
-                    pass
+        while board.has_open or not board.results.empty():
+            try:
+                yield board.results.get(timeout=_TICK_S)
+            except queue.Empty:
                 for future in running:
                     if future.done():
                         future.result()
                 if all(future.done() for future in running):
                     board.fail_pending("no server is left; run again to continue")
-        finally:
-            board.over.set()
-    board.remove_parts()
-    for future in running:
-        future.result()
 
 
 class _Board:
@@ -174,14 +169,16 @@ class _Board:
     def settle(self, result: JobResult) -> None:
         with self._mutex:
             job = result.job
-            self._open.remove(job.id)  # a second result of a job would raise here
+            assert job.id in self._open, f"{job.id} has a second result"
             fields: dict[str, Any] = {"name": job.name, "server": result.server}
             if result.status == "done":
                 fields |= {"files": list(result.files), "seconds": round(result.seconds, 1)}
             else:
                 fields["error"] = result.error
             self.journal.write(result.status, job.id, **fields, values=dict(job.values))
+            # In this order: who sees nothing open must find every result.
             self.results.put(result)
+            self._open.remove(job.id)
             if not self._open:
                 self.over.set()
 
@@ -270,19 +267,24 @@ class _Server:
 
     def run(self) -> None:
         board = self._board
+        trouble_since: float | None = None
         is_here = board.is_alive(self._client.url) or self._revive()
         try:
             while is_here and not board.over.is_set():
                 try:
                     self._fill()
                     self._watch()
+                    trouble_since = None
                 except (ServerSilent, RequestRejected) as error:
                     self._had_trouble = True
-                    # A short silence is forgiven: the jobs are most likely still running there.
+                    trouble_since = trouble_since or time.monotonic()
+                    # A short trouble is forgiven: the jobs are most likely still running there.
+                    trouble_s = max(self._client.silent_s, time.monotonic() - trouble_since)
                     is_silent = isinstance(error, ServerSilent) and not error.refused
-                    if not is_silent or self._client.silent_s >= board.config.timeout_s:
+                    if not is_silent or trouble_s >= board.config.timeout_s:
                         self._lose(str(error))
                         is_here = self._revive()
+                        trouble_since = None
                 board.over.wait(board.config.poll_s)
         finally:
             if self._held or self._had_trouble:

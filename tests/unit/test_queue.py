@@ -200,7 +200,7 @@ def fakes():
 
 @pytest.fixture
 def batch(tmp_path, monkeypatch):
-    """Run the command on a small batch; a server is lost after 0.3 s."""
+    """Run the command on a small batch."""
     (tmp_path / "w.json").write_text(json.dumps(WORKFLOW))
     (tmp_path / "styles").mkdir()
     (tmp_path / "styles/s.png").write_bytes(b"style")
@@ -211,7 +211,7 @@ def batch(tmp_path, monkeypatch):
         parser = argparse.ArgumentParser()
         queue_cli.add_parser(parser.add_subparsers())
         servers = [option for fake in fakes for option in ("--server", fake.url)]
-        fixed = ["--styles", "styles", "--prompts", "p.txt", "--out", "out", "--timeout", "0.3"]
+        fixed = ["--styles", "styles", "--prompts", "p.txt", "--out", "out"]
         monkeypatch.chdir(tmp_path)
         args = parser.parse_args(["queue", "w.json", *fixed, *servers, *options])
         return args.run(args)
@@ -279,7 +279,9 @@ def test_several_jobs_at_a_server(fakes, batch):
 def test_the_jobs_of_a_dead_server_go_to_another(fakes, batch):
     one, two = fakes(job_s=0.1), fakes(job_s=60)
     threading.Timer(0.2, two.die).start()
+    started = time.monotonic()
     assert batch(one, two) == 0
+    assert time.monotonic() - started < 10  # not after the default --timeout of 60 s
     assert results(batch) == expected(*"abc")
     assert two.finished == []
     assert len(events(batch, "lost")) == 1
@@ -302,7 +304,7 @@ def test_a_server_that_hangs_is_lost_and_what_it_still_does_is_not_taken(fakes, 
             time.sleep(0.7)
 
     threading.Timer(0.1, hang).start()
-    assert batch(one, two, prompts="abcd") == 0
+    assert batch(one, two, prompts="abcd", options=["--timeout", "0.3"]) == 0
     assert results(batch) == expected(*"abcd")
     assert len(events(batch, "done")) == 4
     assert sum((one.views + two.views).values()) == 4
@@ -363,6 +365,29 @@ def test_a_job_that_kills_servers_is_given_up(fakes, batch, capsys):
     assert batch(fake, prompts="a", options=["--attempts", "2"]) == 1
     assert "its server was lost 2 times" in capsys.readouterr().out
     assert fake.drop == {"POST /upload/image": 97}
+
+
+def test_a_server_that_always_breaks_off_its_results_is_lost(fakes, batch):
+    one, two = fakes(job_s=0.1), fakes()
+    two.drop = {"GET /view": 1_000_000}
+    assert batch(one, two, options=["--timeout", "0.1"]) == 0
+    assert results(batch) == expected(*"abc")
+    assert sorted(one.finished) == list("abc")
+
+
+def test_a_job_that_every_server_lost_is_tried_again(fakes, batch):
+    one, two = fakes(), fakes()
+    one.drop = two.drop = {"POST /upload/image": 2}
+    assert batch(one, two, prompts="a") == 0
+    assert results(batch) == expected("a")
+
+
+def test_a_job_is_tried_again_on_another_server(fakes, batch):
+    one, two = fakes(), fakes(job_s=0.1)
+    one.drop = {"POST /upload/image": 99}
+    assert batch(one, two, prompts="abcd", options=["--attempts", "2"]) == 0
+    assert two.finished and not one.finished
+    assert results(batch) == expected(*"abcd")
 
 
 def test_all_servers_gone(fakes, batch, capsys):
@@ -508,6 +533,26 @@ def test_a_stopped_run_cancels_only_its_own(fakes, batch, tmp_path, monkeypatch)
     fake.queue, fake.job_s = [], 0
     assert batch(fake) == 0
     assert results(batch) == expected(*"abc")
+
+
+def test_a_stop_interrupts_nobody_else(fakes, batch, monkeypatch):
+    """Ours ended between the two looks at the queue, and somebody else's prompt runs now."""
+    fake = fakes(job_s=60)
+    client = ComfyClient(fake.url, 1.0)
+    fake.post_prompt({"prompt": WORKFLOW, "client_id": client.client_id, "prompt_id": "ours"})
+    fake.post_prompt({"prompt": WORKFLOW, "client_id": "somebody", "prompt_id": "theirs"})
+    look = ComfyClient._queue
+
+    def look_and_end(self):
+        items = look(self)
+        if fake.queue[0][1] == "ours":
+            fake.end(fake.queue[0])
+        return items
+
+    monkeypatch.setattr(ComfyClient, "_queue", look_and_end)
+    client.cancel({"ours"})
+    assert fake.interrupted == []
+    assert [item[1] for item in fake.queue] == ["theirs"]
 
 
 def test_a_dry_run_asks_no_server_and_writes_nothing(fakes, batch, capsys):
