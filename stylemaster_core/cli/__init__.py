@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..errors import StyleMasterError
 
-SUBCOMMANDS = ("stylize", "encode_style", "inspect_style", "weights", "info", "demo")
+SUBCOMMANDS = ("stylize", "encode_style", "inspect_style", "weights", "queue", "info", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
