@@ -104,9 +104,6 @@ class ControlCondition:
         )
 
 
-Row = tuple[Any, int]  # a condition, and which sample of it
-
-
 class COND(comfy.conds.CONDRegular):
     """One of the conditions above as ComfyUI's samplers know it: `cond` is a list of `Row`.
 

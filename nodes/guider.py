@@ -62,7 +62,7 @@ class StyleGuider(comfy.samplers.CFGGuider):
         )
         weights = GuidanceWeights.of(text_scale, style_scale)
         needs_negative = weights.negative != 0 or model_options.get("disable_cfg1_optimization")
-        conds = [
+        conds: list[Any] = [
             self.conds["positive"] if weights.styled else None,
             self.conds["middle"] if weights.text else None,
             self.conds["negative"] if needs_negative else None,
