@@ -17,15 +17,13 @@ from ..stylemaster_core.models.motion_adapter import (
     motion_adapter_state_dict,
 )
 from .block_styles import in_range
-from .wan_patches import ModelPatcher, _blocks, _check_model, _hooked, _raw, _with_wrapper
+from .wan_patches import _blocks, _check_model, _hooked, _raw, _with_wrapper
 
 MOTION_KEY = "stylemaster_motion"
 PROJECTIONS = ("q", "k", "v", "o")
 
 
-def patch_motion(
-    model: ModelPatcher, adapter: MotionAdapter, scale: float, start: float, end: float
-) -> ModelPatcher:
+def patch_motion(model: Any, adapter: MotionAdapter, scale: float, start: float, end: float) -> Any:
     """A clone of a MODEL with the motion adapter at `scale` within a range of the sampling.
 
     Over the whole sampling it is a LoRA like any other. Within a range the low-rank part is added
