@@ -1,17 +1,18 @@
-"""The decoupled style cross-attention (StyleMaster, sec. 3.2): the one place where its mathematics lives.
+"""The decoupled style cross-attention (StyleMaster, sec. 3.2): its mathematics lives here alone.
 
-In every block of the video transformer the style tokens get keys and values of their own beside those
-of the text, and share the text's query and output projection:
+In every block of the video transformer the style tokens get keys and values of their own beside
+those of the text, and share the text's query and output projection:
 
     out = o(attend(q, k_text, v_text) + attend(q, norm(k_img(style)), v_img(style)))
 
-Keys and values depend on the style alone, so `StyleAttention` makes them once for a whole generation
-(`StyleKV`), and a block only ever sees plain tensors (`BlockStyle`). Both hosts, diffusers' Wan
-and ComfyUI's native Wan, call `style_residual`.
+Keys and values depend on the style alone, so `StyleAttention` makes them once for a whole
+generation (`StyleKV`), and a block only ever sees plain tensors (`BlockStyle`). Both hosts,
+diffusers' Wan and ComfyUI's native Wan, call `style_residual`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,20 +22,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import ConfigError, LayoutError
+from ..errors import ConfigError, LayoutError, WeightsError
 
 NORM_K_IMG_EPS = 1e-5  # every other norm of the transformer has 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StyleRegion:
     """A style and where, when and how strongly it acts.
 
     Attributes:
         tokens: [B or 1, S, Ds] style tokens.
         scale: strength of the whole style branch; 0 disables it, 1 is the trained value.
-        block_scales: strength per transformer block, multiplied with `scale`; None for 1 everywhere.
-        mask: None (everywhere), [h, w] or [t, h, w] in 0..1 of any resolution; resized to the token grid.
+        block_scales: strength per transformer block, multiplied with `scale`; None for all 1.
+        mask: None (everywhere), [h, w] or [t, h, w] in 0..1 of any resolution; resized to the token
+            grid.
         start: first part of the sampling, 0..1, in which the style acts.
         end: last part of the sampling, inclusive.
     """
@@ -51,9 +53,12 @@ class StyleRegion:
             raise LayoutError(f"style tokens must be [B, S, D], got {list(self.tokens.shape)}")
         if not torch.isfinite(self.tokens).all():
             raise LayoutError("the style tokens hold NaN or infinity; encode the style image again")
+        if not all(math.isfinite(scale) for scale in (self.scale, *(self.block_scales or ()))):
+            raise ConfigError("the strengths of a style must be finite numbers")
         if not 0.0 <= self.start <= self.end <= 1.0:
             raise ConfigError(
-                f"a style's range must satisfy 0 <= start <= end <= 1, got {self.start} to {self.end}"
+                "a style's range must satisfy 0 <= start <= end <= 1, got "
+                f"{self.start} to {self.end}"
             )
         if self.mask is not None and self.mask.ndim not in (2, 3):
             raise LayoutError(
@@ -78,7 +83,7 @@ class BlockStyle(NamedTuple):
     keys: tuple[Tensor, ...]  # per region [B, S, D]
     values: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]  # empty, or one per region and one for what no region covers
-    no_style: Tensor | None  # [D]; None: rows without style get nothing at all
+    no_style: Tensor | None  # [D] or [B, 1, D]; None: rows without style get nothing at all
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:
@@ -125,8 +130,8 @@ def style_residual(query: Tensor, style: BlockStyle, num_heads: int) -> Tensor:
 def region_masks(regions: Sequence[StyleRegion], grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
     """Masks of all regions on the token grid, and that of the rest, flattened to tokens.
 
-    Where masks overlap and sum to more than 1 they are scaled to sum to 1; where they sum to less, the
-    rest is "no style".
+    Where masks overlap and sum to more than 1 they are scaled to sum to 1; where they sum to less,
+    the rest is "no style".
 
     Args:
         regions: styles; a mask of None covers everything.
@@ -200,6 +205,10 @@ class StyleAttention(nn.Module):
     def style_width(self) -> int:
         return self._block(0).k_img.in_features
 
+    @property
+    def width(self) -> int:
+        return self._block(0).k_img.out_features
+
     def _block(self, index: int) -> StyleProjection:
         block = self.blocks[index]["cross_attn"]  # type: ignore[index]
         assert isinstance(block, StyleProjection)
@@ -217,7 +226,7 @@ class StyleAttention(nn.Module):
         return [region.scale * scale for scale in scales]
 
     def forward(self, region: StyleRegion) -> StyleKV:
-        """Keys and values of a style, strength folded into the values (attention is linear in them).
+        """Keys and values of a style, strength folded into the values: attention is linear in them.
 
         Raises:
             LayoutError: if the tokens are of another width than the adapter's.
@@ -239,9 +248,9 @@ class StyleAttention(nn.Module):
     def no_style(self, regions: Sequence[StyleRegion]) -> Tensor:
         """What "no style" (all-zero tokens) adds in each block: [blocks, D].
 
-        Zero tokens have equal keys, so attention is uniform and gives v_img's bias exactly. Strength
-        scales it like the style itself, so that strength 0 is the base model; of several regions the
-        strongest counts.
+        Zero tokens have equal keys, so attention is uniform and gives v_img's bias exactly.
+        Strength scales it like the style itself, so that strength 0 is the base model; of several
+        regions the strongest counts.
         """
         scales = zip(*(self.block_scales(region) for region in regions), strict=True)
         return torch.stack(
@@ -250,14 +259,24 @@ class StyleAttention(nn.Module):
 
 
 def create_style_attention(state_dict: dict[str, Tensor]) -> StyleAttention | None:
-    """Build the style branch from keys `blocks.N.cross_attn.{k_img,v_img,norm_k_img}.*`; None if absent."""
+    """Build the style branch from keys `blocks.N.cross_attn.{k,v,norm_k}_img.*`; None if absent.
+
+    Raises:
+        WeightsError: for missing, unexpected or wrongly shaped keys.
+    """
     weights = {k: v for k, v in state_dict.items() if "_img." in k}
     if not weights:
         return None
     from ..weights.state_dict import check_keys
 
-    width, style_width = weights["blocks.0.cross_attn.k_img.weight"].shape
-    num_blocks = 1 + max(int(key.split(".")[1]) for key in weights)
+    first = weights.get("blocks.0.cross_attn.k_img.weight")
+    if first is None or first.ndim != 2:
+        raise WeightsError(
+            "no style attention: blocks.0.cross_attn.k_img.weight is missing or no matrix "
+            f"(keys begin with {sorted(weights)[:2]}); use a StyleMaster adapter"
+        )
+    width, style_width = first.shape
+    num_blocks = len({key.split(".")[1] for key in weights if key.endswith(".k_img.weight")})
     with torch.device("meta"):
         module = StyleAttention(num_blocks, style_width, width)
     check_keys(

@@ -1,21 +1,23 @@
 """The gray-tile ControlNet (StyleMaster, sec. 3.4): content guidance without colour.
 
-Copies of every second block run on the clean latents of the gray tile; zero-initialised 1 x 1 convolutions
-turn their states into residuals for the transformer. The network is one for both hosts: a host supplies
-its block class, its linear layers and its rotary embedding.
+Copies of every second block run on the clean latents of the gray tile; zero-initialised 1 x 1
+convolutions turn their states into residuals for the transformer. The network is one for both
+hosts: a host supplies its block class, its linear layers and its rotary embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import LayoutError, WeightsError
+from ..errors import ConfigError, LayoutError, WeightsError
 from ..weights.state_dict import check_keys, native_block_key_to_diffusers, strip_prefix
+from .timestep import sinusoidal_embedding
 
 
 class WanHost(Protocol):
@@ -47,12 +49,13 @@ class WanHost(Protocol):
 class ControlText:
     """The prompt, embedded and prepared for every control block; made once per generation."""
 
-    def __init__(self, per_block: list[Any]) -> None:
+    def __init__(self, per_block: list[Any], batch: int) -> None:
         self.per_block = per_block
+        self.batch = batch
 
 
 class GrayTileControlNet(nn.Module):
-    """Control states from gray-tile latents, timestep and the POSITIVE prompt; never sees style or noise."""
+    """Control states from gray-tile latents, timestep and POSITIVE prompt, never style or noise."""
 
     def __init__(
         self,
@@ -90,13 +93,16 @@ class GrayTileControlNet(nn.Module):
 
     def prepare_text(self, text: Tensor, dtype: torch.dtype | None = None) -> ControlText:
         """Embed text features [B, L, Dt] once per generation."""
-        width = self.text_embedding[0].in_features
+        first = cast(nn.Linear, self.text_embedding[0])
+        width = first.in_features
         if text.ndim != 3 or text.shape[-1] != width:
             raise LayoutError(
-                f"text features must be [B, L, {width}] for this control network, got {list(text.shape)}"
+                f"text features must be [B, L, {width}] for this control network, got "
+                f"{list(text.shape)}"
             )
-        tokens = self.text_embedding(text.to(dtype or self.text_embedding[0].weight.dtype))
-        return ControlText([self.host.prepare_text(block, tokens) for block in self.control_blocks])
+        tokens = self.text_embedding(text.to(dtype or first.weight.dtype))
+        per_block = [self.host.prepare_text(block, tokens) for block in self.control_blocks]
+        return ControlText(per_block, text.shape[0])
 
     def forward(
         self,
@@ -108,28 +114,36 @@ class GrayTileControlNet(nn.Module):
         """Control states, one per control block.
 
         Args:
-            control_latents: [B, 16, t, h, w] clean normalised latents of the gray tile.
+            control_latents: [B or 1, 16, t, h, w] clean normalised latents of the gray tile.
             timestep: [1] or [B] in 0..1000.
-            text: [B, L, Dt] features of the positive prompt, or what `prepare_text` made of them.
+            text: [B or 1, L, Dt] features of the positive prompt, or what `prepare_text` made.
             dtype: compute dtype, where it differs from the weights' (fp8 storage).
 
         Returns:
             list of [B, t * h/2 * w/2, D]; state i belongs after transformer block i * stride.
 
+        Raises:
+            LayoutError: for latents, timesteps or text of the wrong shape.
+
         Source: StyleMaster, sec. 3.4 and its released code; deviation: none.
         """
-        from .wan_transformer import sinusoidal_embedding
-
-        dtype = dtype or self.zero_convs[0].weight.dtype
-        shape = control_latents.shape
-        if len(shape) != 5 or shape[3] % 2 or shape[4] % 2 or 0 in shape:
+        dtype = dtype or cast(nn.Conv1d, self.zero_convs[0]).weight.dtype
+        shape, channels = control_latents.shape, self.patch_embedding.in_channels
+        if len(shape) != 5 or shape[1] != channels or shape[3] % 2 or shape[4] % 2 or 0 in shape:
             raise LayoutError(
-                f"control latents must be [B, 16, t, h, w] with even h and w, got {list(shape)}"
+                f"control latents must be [B, {channels}, t, h, w] with even h and w, got "
+                f"{list(shape)}"
             )
         text = text if isinstance(text, ControlText) else self.prepare_text(text, dtype)
+        batch = max(shape[0], text.batch)
+        if not {shape[0], text.batch, timestep.numel()} <= {1, batch} or timestep.ndim != 1:
+            raise LayoutError(
+                f"control latents for {shape[0]} videos, text for {text.batch} and timesteps "
+                f"{list(timestep.shape)} do not belong together; give one, or one per video"
+            )
         x = self.patch_embedding(control_latents.to(dtype))
         grid = (x.shape[2], x.shape[3], x.shape[4])
-        hidden = rearrange(x, "b d t h w -> b (t h w) d").contiguous()
+        hidden = rearrange(x, "b d t h w -> b (t h w) d").expand(batch, -1, -1).contiguous()
         wave = sinusoidal_embedding(timestep.to(hidden.device), self.freq_width)
         time = self.time_projection(self.time_embedding(wave.to(dtype)))
         modulation = rearrange(time, "b (six d) -> b six d", six=6)
@@ -167,7 +181,8 @@ class DiffusersHost:
     def run_block(
         self, block: nn.Module, hidden: Tensor, modulation: Tensor, rotary: Any, text: Any
     ) -> Tensor:
-        return block(hidden, modulation, rotary, text)
+        keys, values = (x.expand(hidden.shape[0], -1, -1) for x in text)
+        return block(hidden, modulation, rotary, (keys, values))
 
 
 def load_gray_tile_controlnet(
@@ -183,7 +198,8 @@ def load_gray_tile_controlnet(
         state_dict: keys of the release's `controlnet.ckpt`. Tensors are not copied.
         num_heads: None for width / 128.
         host: supplies the blocks; None for diffusers'.
-        operations: namespace with Linear, Conv1d and Conv3d (torch.nn, or ComfyUI's cast operations).
+        operations: namespace with Linear, Conv1d and Conv3d (torch.nn, or ComfyUI's cast
+            operations).
 
     Raises:
         WeightsError: for missing, unexpected or wrongly shaped keys.
@@ -237,16 +253,37 @@ def _host_key(host: WanHost, key: str) -> str:
 def copy_from_transformer(
     state_dict: Mapping[str, Tensor], *, stride: int = 2
 ) -> dict[str, Tensor]:
-    """Release-format weights of a new control network: copies of every `stride`-th block, zero convolutions at 0.
+    """Weights of a new control network: copies of every `stride`-th block, zero convolutions at 0.
+
+    Args:
+        state_dict: Wan transformer under the release's key names; `*_img` keys are left out.
+        stride: of the copied blocks; the release has 2.
+
+    Returns:
+        Copied tensors under the release's names of `controlnet.ckpt`.
+
+    Raises:
+        ConfigError: for a stride that could not be read off the number of copies later.
+        WeightsError: if the state dict is no such transformer.
 
     Source: StyleMaster's released code (`load_from_wan_state_dict`).
     """
     embeddings = ("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.")
     weights = {k: v.clone() for k, v in state_dict.items() if k.startswith(embeddings)}
-    blocks: Sequence[int] = sorted(
-        {int(k.split(".")[1]) for k in state_dict if k.startswith("blocks.")}
-    )
-    for j, i in enumerate(blocks[::stride]):
+    blocks = sorted({int(k.split(".")[1]) for k in state_dict if k.startswith("blocks.")})
+    missing = {"patch_embedding.bias", "text_embedding.0.weight"} - set(weights)
+    if missing or not blocks:
+        raise WeightsError(
+            f"these {len(state_dict)} tensors are no Wan transformer under the release's key "
+            "names; convert it first (`stylemaster weights convert`)"
+        )
+    chosen = blocks[::stride] if 1 <= stride <= len(blocks) else []
+    if not chosen or math.ceil(len(blocks) / len(chosen)) != stride:
+        raise ConfigError(
+            f"a stride of {stride} over {len(blocks)} blocks cannot work; use 1 or 2, or a "
+            "divisor of the number of blocks"
+        )
+    for j, i in enumerate(chosen):
         prefix = f"blocks.{i}."
         for key, value in state_dict.items():
             if key.startswith(prefix) and "_img." not in key:

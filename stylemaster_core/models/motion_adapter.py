@@ -1,6 +1,7 @@
-"""The motion adapter (StyleMaster, sec. 3.3): a LoRA on self-attention, trained on still videos at scale 1.
+"""The motion adapter (StyleMaster, sec. 3.3): a LoRA on self-attention, trained on still videos.
 
-Scales below 0 move away from still videos: more motion and stronger style (the paper chose -0.3).
+It is trained at scale 1. Scales below 0 move away from still videos: more motion and stronger style
+(the paper chose -0.3).
 Wan has no temporal-only attention, so it sits on q, k, v and o of the 3D self-attention.
 """
 
@@ -8,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError, WeightsError
 
-PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+PROJECTIONS = ("q", "k", "v", "o")
 
 
 class LowRank(nn.Module):
@@ -31,7 +32,7 @@ class LowRank(nn.Module):
 
 
 class MotionAdapter(nn.Module):
-    """W' = W + scale * B A on the self-attention of every block; the base weights are never touched.
+    """W' = W + scale * B A on the self-attention of every block; base weights are never touched.
 
     Keys: `blocks.N.self_attn.{q,k,v,o}.lora_A.weight` and `lora_B`. Saved files carry the prefix
     `diffusion_model.`, by which ComfyUI's stock LoRA loader knows them.
@@ -39,13 +40,23 @@ class MotionAdapter(nn.Module):
 
     def __init__(self, num_blocks: int, width: int, rank: int) -> None:
         super().__init__()
-        self.scale = 1.0
+        # A tensor, so that compiled blocks need not be compiled again for another scale.
+        self._scale = torch.tensor(1.0, dtype=torch.float64, device="cpu")
         self.blocks = nn.ModuleList(
             nn.ModuleDict(
                 {"self_attn": nn.ModuleDict({p: LowRank(width, rank) for p in PROJECTIONS})}
             )
             for _ in range(num_blocks)
         )
+
+    @property
+    def scale(self) -> float:
+        """Strength of the adapter; it may be set at any time."""
+        return self._scale.item()
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale.fill_(value)
 
     @torch.no_grad()
     def reset_for_training(self, generator: torch.Generator | None = None) -> None:
@@ -66,38 +77,42 @@ class MotionAdapter(nn.Module):
         host_width = transformer.blocks[0].attn1.to_q.in_features
         if len(transformer.blocks) != len(self.blocks) or host_width != width:
             raise WeightsError(
-                f"this motion adapter is for {len(self.blocks)} blocks of width {width}, the transformer "
-                f"has {len(transformer.blocks)} of width {host_width}; use an adapter trained on it"
+                f"this motion adapter is for {len(self.blocks)} blocks of width {width}, the "
+                f"transformer has {len(transformer.blocks)} of width {host_width}; use an adapter "
+                "trained on it"
             )
-        handles = []
         for i, block in enumerate(transformer.blocks):
-            for name, path in PROJECTIONS.items():
-                linear = block.attn1.get_submodule(path)
-                handles.append(linear.register_forward_hook(self._hook(self._layer(i, name))))
-        return Attached(handles)
+            layers = {name: self._layer(i, name) for name in PROJECTIONS}
+            block.motion = BlockMotion(layers, self._scale)
+        return Attached(transformer)
 
     def _layer(self, block: int, projection: str) -> LowRank:
-        layer = self.blocks[block]["self_attn"][projection]  # type: ignore[index]
-        assert isinstance(layer, LowRank)
-        return layer
+        return cast(Any, self.blocks)[block]["self_attn"][projection]
 
-    def _hook(self, layer: LowRank) -> Any:
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output if self.scale == 0 else output + self.scale * layer(inputs[0])
 
-        return add
+class BlockMotion(NamedTuple):
+    """What an attached adapter does in one block.
+
+    Not forward hooks: compiled blocks do not notice that hooks come or go.
+    """
+
+    layers: dict[str, LowRank]  # q, k, v, o
+    scale: Tensor  # one number, shared by all blocks
+
+    def residual(self, projection: str, x: Tensor) -> Tensor:
+        """[B, L, D], to be added to the projection of `x`."""
+        return self.layers[projection](x) * self.scale
 
 
 class Attached:
     """Handle of an attached adapter; also a context manager."""
 
-    def __init__(self, handles: list[Any]) -> None:
-        self._handles = handles
+    def __init__(self, transformer: Any) -> None:
+        self._transformer = transformer
 
     def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for block in self._transformer.blocks:
+            block.motion = None
 
     def __enter__(self) -> Attached:
         return self
@@ -107,9 +122,9 @@ class Attached:
 
 
 def attached_motion(transformer: Any, scale: float) -> AbstractContextManager[Any]:
-    """While this context is open, the transformer's own motion adapter (if it has one) acts at `scale`."""
+    """While this context is open, the transformer's motion adapter, if any, acts at `scale`."""
     adapter = transformer.motion_adapter
-    if adapter is None:
+    if adapter is None or scale == 0:
         return nullcontext()
     adapter.scale = scale
     return adapter.attach(transformer)
@@ -143,8 +158,9 @@ def load_motion_adapter(state_dict: Mapping[str, Tensor]) -> MotionAdapter:
     first = weights.get("blocks.0.self_attn.q.lora_A.weight")
     if first is None:
         raise WeightsError(
-            f"no motion adapter: blocks.0.self_attn.q.lora_A.weight is missing among {len(state_dict)} "
-            f"keys (first: {sorted(state_dict)[:2]}); a LoRA on Wan's self-attention was expected"
+            "no motion adapter: blocks.0.self_attn.q.lora_A.weight is missing among "
+            f"{len(state_dict)} keys (first: {sorted(state_dict)[:2]}); a LoRA on Wan's "
+            "self-attention was expected"
         )
     from ..weights.state_dict import check_keys
 

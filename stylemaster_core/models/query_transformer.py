@@ -1,7 +1,8 @@
-"""The query transformer: learned queries read a set of features (StyleMaster's texture branch, StyleCrafter).
+"""The query transformer: learned queries read a set of features.
 
 Called "Q-Former" in the papers; really a plain self-attention encoder over [queries | features].
-Source: StyleCrafter, sec. 3.2; StyleMaster uses the same module. Layer names are those of the releases.
+Source: StyleCrafter, sec. 3.2; StyleMaster's texture branch uses the same module. Layer names are
+those of the releases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From CLIP features of a style picture to style tokens: texture tokens first, then global tokens."""
+"""From CLIP features of a style picture to style tokens: texture tokens, then global tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from .texture_selector import SelectionMode, select_patches
 
 
 class StyleTokens(NamedTuple):
+    """Style tokens and what they were made of."""
+
     tokens: Tensor  # [B, S, D] texture tokens, then global tokens
     kept: Tensor  # [B, K] ascending indices of the patches that were used
     similarity: Tensor | None  # [B, N] of each patch with the prompt
@@ -23,8 +25,8 @@ class StyleTokens(NamedTuple):
 class GlobalProjection(nn.Module):
     """Global style tokens from a projected CLIP embedding: Linear, then LayerNorm (eps 1e-5).
 
-    Source: StyleMaster, sec. 3.1. The release feeds the embedding of the content-shuffled picture; the paper
-    a contrastively trained projection of the picture's own (see `ContrastiveProjection`).
+    Source: StyleMaster, sec. 3.1. The release feeds the embedding of the content-shuffled picture;
+    the paper a contrastively trained projection of the picture's own (see `ContrastiveProjection`).
     """
 
     def __init__(self, embed_width: int, num_tokens: int, width: int) -> None:
@@ -42,8 +44,8 @@ class GlobalProjection(nn.Module):
 class ContrastiveProjection(nn.Module):
     """The paper's MLP on CLIP's image embedding, trained so that equal styles lie together.
 
-    Same width in and out, so it stands between CLIP and `GlobalProjection`. The paper gives no layer
-    sizes; ours is Linear, GELU, Linear with a residual that starts at the identity.
+    Same width in and out, so it stands between CLIP and `GlobalProjection`. The paper gives no
+    layer sizes; ours is Linear, GELU, Linear with a residual that starts at the identity.
 
     Source: StyleMaster, sec. 3.1 and supplement (triplet loss and MSE on model-illusion pairs).
     """
@@ -84,17 +86,22 @@ class StyleProjector(nn.Module):
         """Style tokens of B pictures.
 
         Args:
-            patch_features: [B, N, Dc] CLIP's last hidden state before its post-layernorm, CLS first.
-            image_embeds: [B, De] projected CLIP embedding: of the content-shuffled picture for released
-                weights, of the picture itself where a contrastive projection was trained.
+            patch_features: [B, N, Dc] CLIP's last hidden state before post-layernorm, CLS first.
+            image_embeds: [B, De] projected CLIP embedding: of the content-shuffled picture for
+                released weights, of the picture itself where a contrastive projection was trained.
             prompt_features: [B or 1, L, Dt] text features of the prompt.
-            selection: see `select_patches`; so are drop_rate, keep, include_cls, similarity and seed.
+            selection: `mode` of `select_patches`; the following ones have its names.
+            drop_rate: see there.
+            keep: see there.
+            include_cls: see there.
+            similarity: see there.
+            seed: see there.
 
         Returns:
             `StyleTokens` with tokens [B, S, D].
 
         Raises:
-            LayoutError: for features of another width than the weights'.
+            LayoutError: for features that do not fit together or the weights.
 
         Source: StyleMaster, sec. 3.1 and its released code; deviation: none with the defaults.
         """
@@ -124,8 +131,13 @@ class StyleProjector(nn.Module):
         if patch_features.shape[-1] != patch_width or image_embeds.shape[-1] != embed_width:
             raise LayoutError(
                 f"this adapter takes image features of width {patch_width} and embeddings of width "
-                f"{embed_width}, got {patch_features.shape[-1]} and {image_embeds.shape[-1]}; use the "
-                "image encoder it was trained with (CLIP ViT-H/14 for the released weights)"
+                f"{embed_width}, got {patch_features.shape[-1]} and {image_embeds.shape[-1]}; use "
+                "the image encoder it was trained with (CLIP ViT-H/14 for the released weights)"
+            )
+        if image_embeds.ndim != 2 or image_embeds.shape[0] != patch_features.shape[0]:
+            raise LayoutError(
+                f"image embeddings must be [{patch_features.shape[0]}, {embed_width}], one per "
+                f"picture, got {list(image_embeds.shape)}"
             )
         if not torch.isfinite(image_embeds).all():
             raise LayoutError("the image embedding holds NaN or infinity")
@@ -174,7 +186,7 @@ def load_style_projector(state_dict: Mapping[str, Tensor], *, num_heads: int = 8
     out_width = state_dict["proj_patch"].shape[1]
     embeds_out, embed_width = state_dict["proj.weight"].shape
     layers = [int(key.split(".")[2]) for key in state_dict if key.startswith("transformer_blocks.")]
-    if width % num_heads:
+    if num_heads < 1 or width % num_heads:
         raise WeightsError(
             f"the width {width} of the query transformer is no multiple of {num_heads}"
         )

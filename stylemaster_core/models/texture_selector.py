@@ -1,4 +1,4 @@
-"""Texture selection (StyleMaster, sec. 3.1): which patches of the style picture carry texture, not content."""
+"""Texture selection (StyleMaster, sec. 3.1): which patches of a style picture carry texture."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ PAPER_KEEP = 15
 
 
 class Selection(NamedTuple):
+    """Which patches were chosen, and by what."""
+
     kept: Tensor  # [B, K] ascending indices into the patch tokens; 0 is CLS
     similarity: Tensor | None  # [B, N] with the prompt; None for modes that need no prompt
 
@@ -24,8 +26,8 @@ def prompt_similarity(patch_features: Tensor, prompt_features: Tensor) -> Tensor
     """Cosine similarity of each patch with the prompt, as the release measures it.
 
     Text features are average-pooled over the feature axis to the patches' width, then averaged over
-    all tokens, padding included. The two spaces are unrelated, so the ranking is arbitrary; the released
-    weights were trained with it.
+    all tokens, padding included. The two spaces are unrelated, so the ranking is arbitrary; the
+    released weights were trained with it.
 
     Args:
         patch_features: [B, N, C] CLIP tokens, CLS first.
@@ -34,8 +36,16 @@ def prompt_similarity(patch_features: Tensor, prompt_features: Tensor) -> Tensor
     Returns:
         [B, N] in -1..1, float32 at least.
 
+    Raises:
+        LayoutError: for text features of the wrong shape.
+
     Source: StyleMaster's released code. Deviation: pools to C where the release hard-codes 1280.
     """
+    batch = patch_features.shape[0]
+    if prompt_features.ndim != 3 or prompt_features.shape[0] not in (1, batch):
+        raise LayoutError(
+            f"prompt features must be [1 or {batch}, L, D], got {list(prompt_features.shape)}"
+        )
     dtype = torch.promote_types(patch_features.dtype, torch.float32)
     patches = patch_features.to(dtype)
     prompt = F.adaptive_avg_pool1d(prompt_features.to(patches), patches.shape[-1]).mean(1)
@@ -57,9 +67,9 @@ def select_patches(
 
     Args:
         patch_features: [B, N, C] CLIP tokens, CLS first.
-        prompt_features: [B or 1, L, Dt]; needed by `release` and `paper` unless `similarity` is given.
-        mode: `release` keeps the MOST similar patches (what the released weights were trained with),
-            `paper` the LEAST similar ones, `all` every patch, `random` a seeded choice.
+        prompt_features: [B or 1, L, Dt]; `release` and `paper` need it or `similarity`.
+        mode: `release` keeps the MOST similar patches (what the released weights were trained
+            with), `paper` the LEAST similar ones, `all` every patch, `random` a seeded choice.
         drop_rate: share of patches to drop, 0 <= rate < 1; int(N * rate) are dropped. Default 0.95.
         keep: number of patches to keep instead of a drop rate.
         include_cls: whether the CLS token is a candidate.
@@ -67,7 +77,7 @@ def select_patches(
         seed: needed by `random`.
 
     Raises:
-        ConfigError: for an unknown mode, an impossible count, or something that the mode needs and lacks.
+        ConfigError: for an unknown mode, an impossible count, or what the mode needs and lacks.
         LayoutError: for tensors of the wrong shape or with NaN.
 
     Source: StyleMaster, sec. 3.1 (`paper`) and its released code (`release`).
@@ -81,17 +91,17 @@ def select_patches(
     batch, num_patches = patch_features.shape[:2]
     first = 0 if include_cls else 1
     num_keep = _num_kept(num_patches - first, mode, drop_rate, keep)
-    if mode in ("release", "paper"):
-        if similarity is None:
-            if prompt_features is None:
-                raise ConfigError(
-                    f"texture selection {mode!r} ranks patches by the prompt: give one"
-                )
-            similarity = prompt_similarity(patch_features, prompt_features)
-        if similarity.shape != (batch, num_patches):
-            raise LayoutError(
-                f"similarity must be {[batch, num_patches]}, got {list(similarity.shape)}"
-            )
+    if similarity is None and mode in ("release", "paper"):
+        if prompt_features is None:
+            raise ConfigError(f"texture selection {mode!r} ranks patches by the prompt: give one")
+        similarity = prompt_similarity(patch_features, prompt_features)
+    if similarity is not None and similarity.shape != (batch, num_patches):
+        raise LayoutError(
+            f"similarity must be {[batch, num_patches]}, got {list(similarity.shape)}"
+        )
+    if similarity is not None and not torch.isfinite(similarity).all():
+        raise LayoutError("the similarity with the prompt holds NaN or infinity")
+    if similarity is not None and mode in ("release", "paper"):
         rank = similarity if mode == "release" else -similarity
     elif mode == "random":
         if seed is None:

@@ -1,8 +1,8 @@
-"""diffusers' Wan transformer with the decoupled style branch, control states and shared work between branches.
+"""diffusers' Wan transformer with the style branch, control states and work that branches share.
 
-`StyledWanTransformer` is `WanTransformer3DModel` (same weights, loaders, offloading, LoRA) with a forward
-pass of its own: text and style keys and values are made once per generation, block 0 does what
-the guidance branches share only once, and style and control are ordinary arguments.
+`StyledWanTransformer` is `WanTransformer3DModel` (same weights, loaders, offloading, LoRA) with a
+forward pass of its own: text and style keys and values are made once per generation, block 0 does
+what the guidance branches share only once, and style and control are ordinary arguments.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import (
+    WanTransformer3DModel,
+    WanTransformerBlock,
+)
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -32,7 +34,8 @@ from .decoupled_attention import (
     region_masks,
     style_residual,
 )
-from .motion_adapter import MotionAdapter
+from .motion_adapter import BlockMotion, MotionAdapter
+from .timestep import sinusoidal_embedding
 
 Rotary = tuple[Tensor, Tensor]
 TextKV = list[tuple[Tensor, Tensor]]  # per block: keys and values [B, L, D]
@@ -44,7 +47,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 class WideLayerNorm(nn.LayerNorm):
-    """LayerNorm in float32, or in float64 where the input is; diffusers' own would round float64."""
+    """LayerNorm in float32, or in float64 where the input is; diffusers' own rounds float64."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = (None if p is None else p.to(input) for p in (self.weight, self.bias))
@@ -57,15 +60,6 @@ def rotate(x: Tensor, rotary: Rotary, num_heads: int) -> Tensor:
     a, b = widen(rearrange(x, "b l (n d two) -> b l n d two", n=num_heads, two=2)).unbind(-1)
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     return rearrange(rotated, "b l n d two -> b l (n d two)").to(x)
-
-
-def sinusoidal_embedding(timestep: Tensor, width: int) -> Tensor:
-    """[B] -> [B, width] of cosines, then sines, computed in float64 as the release does."""
-    half = width // 2
-    device = "cpu" if timestep.device.type == "mps" else timestep.device
-    exponent = torch.arange(half, dtype=torch.float64, device=device) / half
-    angle = timestep.to(device, torch.float64)[:, None] * torch.pow(10000.0, -exponent)
-    return torch.cat([angle.cos(), angle.sin()], dim=1).to(torch.float32).to(timestep.device)
 
 
 class StyledWanBlock(WanTransformerBlock):
@@ -82,6 +76,7 @@ class StyledWanBlock(WanTransformerBlock):
     ) -> None:
         super().__init__(dim, ffn_dim, num_heads, qk_norm, cross_attn_norm, eps)
         self.num_heads = num_heads
+        self.motion: BlockMotion | None = None
         self.norm1 = WideLayerNorm(dim, eps, elementwise_affine=False)
         self.norm2 = WideLayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.norm3 = WideLayerNorm(dim, eps, elementwise_affine=False)
@@ -91,19 +86,30 @@ class StyledWanBlock(WanTransformerBlock):
         return self.attn2.norm_k(self.attn2.to_k(text_tokens)), self.attn2.to_v(text_tokens)
 
     def self_attend(self, hidden: Tensor, modulation: Tensor, rotary: Rotary) -> Tensor:
-        shift, scale, gate = (self.scale_shift_table + widen(modulation))[:, :3].chunk(3, dim=1)
+        shift, scale, gate = self._modulate(modulation)[:, :3].chunk(3, dim=1)
         x = (self.norm1(widen(hidden)) * (1 + scale) + shift).to(hidden)
-        query = rotate(self.attn1.norm_q(self.attn1.to_q(x)), rotary, self.num_heads)
-        keys = rotate(self.attn1.norm_k(self.attn1.to_k(x)), rotary, self.num_heads)
-        attended = attend(query, keys, self.attn1.to_v(x), self.num_heads)
-        return (widen(hidden) + self.attn1.to_out[0](attended) * gate).to(hidden)
+        query = rotate(self.attn1.norm_q(self._project("q", x)), rotary, self.num_heads)
+        keys = rotate(self.attn1.norm_k(self._project("k", x)), rotary, self.num_heads)
+        attended = attend(query, keys, self._project("v", x), self.num_heads)
+        return (widen(hidden) + self._project("o", attended) * gate).to(hidden)
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        """One of the linears q, k, v, o of self-attention, with the motion adapter if attached."""
+        attn = self.attn1
+        linears = {"q": attn.to_q, "k": attn.to_k, "v": attn.to_v, "o": attn.to_out[0]}
+        projected = linears[name](x)
+        return projected if self.motion is None else projected + self.motion.residual(name, x)
 
     def cross_query(self, hidden: Tensor) -> Tensor:
         return self.attn2.norm_q(self.attn2.to_q(self.norm2(widen(hidden)).to(hidden)))
 
+    def _modulate(self, modulation: Tensor) -> Tensor:
+        # Offloading brings a parameter only to `forward`, and the parts are called without it.
+        return self.scale_shift_table.to(modulation.device) + widen(modulation)
+
     def finish(self, hidden: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
-        """Add the cross-attention's result (before its output projection), then the feed-forward."""
-        shift, scale, gate = (self.scale_shift_table + widen(modulation))[:, 3:].chunk(3, dim=1)
+        """Add the result of cross-attention (before its projection), then the feed-forward."""
+        shift, scale, gate = self._modulate(modulation)[:, 3:].chunk(3, dim=1)
         hidden = hidden + self.attn2.to_out[0](attended)
         x = (self.norm3(widen(hidden)) * (1 + scale) + shift).to(hidden)
         return (widen(hidden) + widen(self.ffn(x)) * gate).to(hidden)
@@ -116,7 +122,7 @@ class StyledWanBlock(WanTransformerBlock):
         text_kv: tuple[Tensor, Tensor],
         style: BlockStyle | None = None,
     ) -> Tensor:
-        """[B, L, D] -> [B, L, D]; modulation [B or 1, 6, D]; rows of `style` as in `BlockStyle`."""
+        """[B, L, D] -> [B, L, D]; modulation [B or 1, 6, D]; `style` rows as in `BlockStyle`."""
         hidden = self.self_attend(hidden, modulation, rotary)
         query = self.cross_query(hidden)
         attended = attend(query, *text_kv, self.num_heads)
@@ -127,7 +133,7 @@ class StyledWanBlock(WanTransformerBlock):
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One condition of the guidance, ready for all blocks: a prompt with a style, "no style" or neither."""
+    """One condition of the guidance, ready for all blocks: a prompt and perhaps a style."""
 
     text: TextKV
     style: list[BlockStyle] | None
@@ -148,7 +154,7 @@ class Stem(NamedTuple):
 
 
 class StyledWanTransformer(WanTransformer3DModel):
-    """Predicts the velocity of Wan latents, with style, control states and several branches at once."""
+    """Predicts the velocity of Wan latents, with style and control, several branches at once."""
 
     _no_split_modules = ["StyledWanBlock"]
     _repeated_blocks = ["StyledWanBlock"]
@@ -159,6 +165,9 @@ class StyledWanTransformer(WanTransformer3DModel):
         "style_attention",
         "motion_adapter",
     ]
+
+    config: Any  # diffusers gives it attributes that its type does not show
+    rope: nn.Module
 
     @register_to_config
     def __init__(
@@ -208,15 +217,15 @@ class StyledWanTransformer(WanTransformer3DModel):
     # ---- once per generation ---------------------------------------------------------------------
 
     def embed_text(self, text: Tensor, batch: int) -> TextKV:
-        """Text features [B or 1, L, Dt] -> keys and values of every block. Padding is not masked."""
+        """Text features [B or 1, L, Dt] -> keys and values of every block; padding included."""
         width = self.config.text_dim
         if text.ndim != 3 or text.shape[-1] != width:
             raise LayoutError(
-                f"text features must be [B, L, {width}], got {list(text.shape)}; use the text encoder "
-                "that belongs to this transformer (UMT5-XXL for Wan)"
+                f"text features must be [B, L, {width}], got {list(text.shape)}; use the text "
+                "encoder that belongs to this transformer (UMT5-XXL for Wan)"
             )
         tokens = self.condition_embedder.text_embedder(text.to(self.device, self.compute_dtype))
-        pairs = [block.text_keys_values(tokens) for block in self.blocks]
+        pairs = [cast(StyledWanBlock, block).text_keys_values(tokens) for block in self.blocks]
         return [(_expand(keys, batch), _expand(values, batch)) for keys, values in pairs]
 
     def style_keys_values(self, regions: Sequence[StyleRegion]) -> list[StyleKV]:
@@ -241,12 +250,12 @@ class StyledWanTransformer(WanTransformer3DModel):
             regions: styles.
             keys_values: from `style_keys_values`, one per region.
             masks: from `region_masks`.
-            no_style: whether rows and places without style attend to zero tokens (as the release does)
-                or skip the branch.
+            no_style: whether rows and places without style attend to zero tokens (as the release
+                does) or skip the branch.
         """
         assert self.style_attention is not None
-        zero = self.style_attention.no_style(regions) if no_style else None
         like = keys_values[0].keys
+        zero = self.style_attention.no_style(regions).to(like) if no_style else None
         masks = tuple(mask.to(like) for mask in masks)
         return [
             BlockStyle(
@@ -273,11 +282,8 @@ class StyledWanTransformer(WanTransformer3DModel):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return (
-            self.proj_out.weight.dtype
-            if self.proj_out.weight.dtype.itemsize > 1
-            else torch.bfloat16
-        )
+        # 8-bit storage leaves the patch embedding as it is.
+        return self.patch_embedding.weight.dtype
 
     def token_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """(t, h, w) tokens of latents [B, 16, t, h, w].
@@ -316,7 +322,8 @@ class StyledWanTransformer(WanTransformer3DModel):
         )
 
     def project_out(self, hidden: Tensor, stem: Stem) -> Tensor:
-        shift, scale = (self.scale_shift_table + widen(stem.time)[:, None]).chunk(2, dim=1)
+        table = self.scale_shift_table.to(hidden.device)  # see `StyledWanBlock._modulate`
+        shift, scale = (table + widen(stem.time)[:, None]).chunk(2, dim=1)
         x = (self.norm_out(widen(hidden)) * (1 + scale) + shift).to(hidden)
         t, h, w = stem.grid
         pt, ph, pw = self.config.patch_size
@@ -349,32 +356,36 @@ class StyledWanTransformer(WanTransformer3DModel):
             text: [B, L, Dt] text features, or what `embed_text` made of them.
             style: [B, S, Ds] style tokens, styles with regions, or None, which skips the style
                 branch. All-zero tokens are the release's "no style" and not the same as None.
-            control: control states; state i is added after block i * stride, where the stride follows from
-                the number of states.
+            control: control states; state i is added after block i * stride, where the stride
+                follows from the number of states.
             control_scale: strength of the control.
 
         Returns:
             [B, 16, t, h, w] velocity (noise - clean), in the dtype of the weights.
 
-        Source: StyleMaster, sec. 3.2 and 3.4, and its released code; deviation: the time embedding of a
-        batch with different timesteps is right here.
+        Raises:
+            LayoutError: for tensors that do not fit together or the model.
+            WeightsError: if a style is given and there are no style weights.
+
+        Source: StyleMaster, sec. 3.2 and 3.4, and its released code; deviation: the time embedding
+        of a batch with different timesteps is right here.
         """
         stem = self.embed(latents, timestep)
         batch = latents.shape[0]
         text_kv = self.embed_text(text, batch) if isinstance(text, Tensor) else text
         regions = [StyleRegion(style)] if isinstance(style, Tensor) else style
         prepared = None
-        if regions is not None:
+        if regions:
             keys_values = self.style_keys_values(regions)
             masks = region_masks(regions, stem.grid)
             prepared = self.prepare_style(regions, keys_values, masks, no_style=True)
-        residuals = self._control_residuals(control, control_scale)
+        residuals = self._control_residuals(control, control_scale, stem.hidden)
         hidden = stem.hidden
         for i, block in enumerate(self.blocks):
             block_style = None if prepared is None else _expand_rows(prepared[i], batch)
             arguments = (hidden, stem.modulation, stem.rotary, text_kv[i], block_style)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden = self._gradient_checkpointing_func(block, *arguments)
+                hidden = cast(Any, self)._gradient_checkpointing_func(block, *arguments)
             else:
                 hidden = block(*arguments)
             if i in residuals:
@@ -399,7 +410,8 @@ class StyledWanTransformer(WanTransformer3DModel):
             branches: from `prepare_branch`; equal prompts should share one `TextKV` object.
             control: the same control states for all branches.
             control_scale: strength of the control.
-            batched: run the branches as one batch (faster for short clips) or one by one (less memory).
+            batched: run the branches as one batch (faster for short clips) or one by one (less
+                memory).
 
         Returns:
             one velocity [B, 16, t, h, w] per branch, equal to `forward` on each but for rounding.
@@ -407,7 +419,7 @@ class StyledWanTransformer(WanTransformer3DModel):
         stem = self.embed(latents, timestep)
         first = self.blocks[0]
         assert isinstance(first, StyledWanBlock)
-        residuals = self._control_residuals(control, control_scale)
+        residuals = self._control_residuals(control, control_scale, stem.hidden)
         shared = first.self_attend(stem.hidden, stem.modulation, stem.rotary)
         query = first.cross_query(shared)
         text = {
@@ -438,23 +450,24 @@ class StyledWanTransformer(WanTransformer3DModel):
         return outputs
 
     def _control_residuals(
-        self, control: Sequence[Tensor] | None, control_scale: float
+        self, control: Sequence[Tensor] | None, control_scale: float, hidden: Tensor
     ) -> dict[int, Tensor]:
         """Residual to add after each block that has one."""
         if not control or control_scale == 0:
             return {}
         stride = math.ceil(len(self.blocks) / len(control))
-        if len(control) > len(self.blocks):
+        if (len(control) - 1) * stride >= len(self.blocks):
             raise LayoutError(
-                f"got {len(control)} control states for {len(self.blocks)} blocks; "
-                "the control network belongs to another model"
+                f"{len(control)} control states do not spread evenly over {len(self.blocks)} "
+                "blocks; the control network belongs to another model"
             )
-        width = self.proj_out.in_features
+        batch, length, width = hidden.shape
         for state in control:
-            if state.shape[-1] != width:
+            if state.shape not in ((1, length, width), (batch, length, width)):
                 raise LayoutError(
-                    f"control states are {state.shape[-1]} wide, this transformer is {width} wide; "
-                    "the control network belongs to another model"
+                    f"control states must be [1 or {batch}, {length}, {width}] for these latents "
+                    f"and this transformer, got {list(state.shape)}; make them from control "
+                    "latents of the same size, by a control network of the same model"
                 )
         return {i * stride: state * control_scale for i, state in enumerate(control)}
 
@@ -472,7 +485,7 @@ def _first_block(
 
 
 def _groups(branches: Sequence[Branch], batched: bool) -> list[list[tuple[int, Branch]]]:
-    """Branches that run as one batch, those without style first; texts of other lengths run alone."""
+    """Branches that run as one batch, without style first; texts of other lengths run alone."""
     order = sorted(enumerate(branches), key=lambda pair: pair[1].num_styled)
     if not batched:
         return [[pair] for pair in order]
@@ -537,6 +550,7 @@ def load_transformer(
     """
     weights = strip_prefix(dict(state_dict))
     weights = {key: value for key, value in weights.items() if not key.startswith("style_model.")}
+    _check_patches(weights)
     base = {key: value for key, value in weights.items() if "_img." not in key}
     if "condition_embedder.time_proj.weight" not in base:
         base = native_to_diffusers(base)
@@ -551,10 +565,32 @@ def load_transformer(
     )
     model.load_state_dict(base, assign=True)
     model.style_attention = create_style_attention(weights)
+    if model.style_attention is not None:
+        _check_fits(model.style_attention, model)
     return model.requires_grad_(False).eval()
 
 
-def _read_config(base: Mapping[str, Tensor], num_heads: int | None) -> dict[str, int]:
+def _check_patches(weights: Mapping[str, Tensor]) -> None:
+    patch = weights.get("patch_embedding.weight")
+    if patch is not None and (patch.ndim != 5 or patch.shape[1:] != (16, 1, 2, 2)):
+        channels = patch.shape[1] if patch.ndim > 1 else 0
+        raise WeightsError(
+            f"this Wan model takes {channels} input channels in patches of "
+            f"{tuple(patch.shape[2:])}; StyleMaster needs a text-to-video model with 16 channels "
+            "in patches of (1, 2, 2) (Wan 2.1 T2V)"
+        )
+
+
+def _check_fits(style: StyleAttention, model: StyledWanTransformer) -> None:
+    host = len(model.blocks), model.proj_out.in_features
+    if (len(style.blocks), style.width) != host:
+        raise WeightsError(
+            f"the style weights are for {len(style.blocks)} blocks of width {style.width}, the "
+            f"transformer has {host[0]} of width {host[1]}; use an adapter trained on it"
+        )
+
+
+def _read_config(base: Mapping[str, Tensor], num_heads: int | None) -> dict[str, Any]:
     needed = (
         "patch_embedding.weight",
         "condition_embedder.text_embedder.linear_1.weight",
@@ -570,11 +606,6 @@ def _read_config(base: Mapping[str, Tensor], num_heads: int | None) -> dict[str,
         )
     patch, text, time, ffn, out = (base[key].shape for key in needed)
     width = patch[0]
-    if patch[1] != 16 or tuple(patch[2:]) != (1, 2, 2):
-        raise WeightsError(
-            f"this Wan model takes {patch[1]} input channels in patches of {tuple(patch[2:])}; StyleMaster "
-            "needs a text-to-video model with 16 channels (Wan 2.1 T2V)"
-        )
     heads = num_heads or width // 128
     if heads < 1 or width % heads or (width // heads) % 2:
         raise WeightsError(

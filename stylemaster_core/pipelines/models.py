@@ -141,6 +141,11 @@ class Models:
                 f"offload must be one of {get_args(Offload)} and storage one of "
                 f"{get_args(Storage)}, got {offload!r} and {storage!r}"
             )
+        if compile_blocks and (offload != "none" or storage != "compute"):
+            raise ConfigError(
+                "compiled blocks do not go together with offloaded layers or float8 storage: what "
+                "moves and casts the weights cannot be compiled; choose one of them"
+            )
         self.files = files
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
@@ -234,12 +239,17 @@ class Models:
     def _load_projector(self) -> StyleProjector:
         from ..models.style_projector import load_style_projector
         from ..weights.files import read_state_dict
+        from ..weights.state_dict import strip_prefix
 
         path = self.files.adapter or self.files.need("transformer", "A style")
         weights = _read(path, {"stylemaster", "style_adapter"}, "a StyleMaster adapter")
         metadata = read_state_dict(path).metadata if path.is_file() else {}
         prefix = "style_model."
-        XX
+        style = {
+            key.removeprefix(prefix): value.float()
+            for key, value in strip_prefix(weights).items()
+            if key.startswith(prefix)
+        }
         heads = int(metadata.get("style_num_heads", 8))
         return load_style_projector(style, num_heads=heads).to(self.device)
 

@@ -28,7 +28,7 @@ class StepProgress(NamedTuple):
     denoised: Tensor  # the model's present guess of the clean latents: a preview
 
 
-Callback = Callable[[StepProgress], None]
+Callback = Callable[[StepProgress], object]
 
 
 @torch.no_grad()
@@ -60,17 +60,21 @@ def denoise(
         sigmas: [N + 1] descending, e.g. from `flow_match_sigmas`.
         text: [B or 1, L, Dt] features of the prompt.
         negative_text: the same of the negative prompt; None if text_scale is 1.
-        style: [B or 1, S, Ds] tokens, styles with regions and ranges, or None for plain text guidance.
-        text_scale: guidance scale of the text; 1 switches all guidance off (see `GuidanceWeights`).
+        style: [B or 1, S, Ds] tokens, styles with regions and ranges, or None for plain text
+            guidance.
+        text_scale: guidance scale of the text; 1 switches all guidance off (see
+            `GuidanceWeights`).
         style_scale: guidance scale of the style.
-        controlnet: from `load_gray_tile_controlnet`, run once a step whatever the number of branches.
-        control_latents: [B or 1, 16, t, h, w] clean latents of the gray tile, same t, h, w as `latents`.
+        controlnet: from `load_gray_tile_controlnet`, run once a step for all branches.
+        control_latents: [B or 1, 16, t, h, w] clean latents of the gray tile, as long, high and
+            wide as `latents`.
         control_scale: strength of the control.
-        control_range: part of the sampling in which it acts, both ends included (release: 0.0 to 0.7).
-        callback: called after each step with `StepProgress`; an exception from it ends the sampling.
+        control_range: part of the sampling in which it acts, both ends included (release: 0.0 to
+            0.7).
+        callback: called after each step with `StepProgress`; an exception from it ends sampling.
         sampler: `euler`, `unipc` or `dpm++`.
-        null_style: the branches without style attend to all-zero tokens (`zero`, as the release does) or
-            skip the style branch (`none`).
+        null_style: the branches without style attend to all-zero tokens (`zero`, as the release
+            does) or skip the style branch (`none`).
         batch_branches: run the guidance branches as one batch, or one by one to save memory.
         windows: for long videos: overlapping windows of latent frames, blended at every step.
 
@@ -80,7 +84,8 @@ def denoise(
     Raises:
         ConfigError, LayoutError: for ranges, shapes or numbers that cannot work.
 
-    Source: StyleMaster, sec. 3.5, and its released code; deviation: timesteps are not rounded to bfloat16.
+    Source: StyleMaster, sec. 3.5, and its released code; deviation: timesteps are not rounded to
+    bfloat16.
     """
     _check(latents, sigmas, text, negative_text, text_scale, control_latents, control_range)
     if (controlnet is None) != (control_latents is None):

@@ -15,7 +15,10 @@ def combine_guidance(
     text_scale: float,
     style_scale: float,
 ) -> Tensor:
-    """v(neg, no style) + text (v(pos, no style) - v(neg, no style)) + style (v(pos, style) - v(pos, no style)).
+    """Velocity guided by two conditions.
+
+    v(neg, no style) + text_scale (v(pos, no style) - v(neg, no style))
+    + style_scale (v(pos, style) - v(pos, no style))
 
     Args:
         v_negative: velocity under the negative prompt without style, any shape.
@@ -41,8 +44,8 @@ class GuidanceWeights(NamedTuple):
     def of(cls, text_scale: float, style_scale: float) -> GuidanceWeights:
         """Weights that sum to 1. A text scale of 1 means no guidance: the styled branch alone.
 
-        At text scale 1 the release runs the styled branch alone and ignores the style scale; so do we,
-        as one pass a step is what a user of few-step models asks for by that number.
+        At text scale 1 the release runs the styled branch alone and ignores the style scale; so do
+        we, as one pass a step is what a user of few-step models asks for by that number.
         """
         if text_scale == 1:
             return cls(0.0, 0.0, 1.0)

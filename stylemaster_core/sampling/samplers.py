@@ -13,6 +13,8 @@ SamplerName = Literal["euler", "unipc", "dpm++"]
 
 
 class Sampler(Protocol):
+    """What the sampling loop needs of a sampler."""
+
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """Latents at sigmas[index] and their velocity -> latents at sigmas[index + 1]."""
         ...
@@ -57,11 +59,11 @@ def create_sampler(name: SamplerName, sigmas: Tensor) -> Sampler:
         return EulerSampler(sigmas)
     options: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     if name == "unipc":
-        from diffusers import UniPCMultistepScheduler
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
         return DiffusersSampler(UniPCMultistepScheduler(**options), sigmas)
     if name == "dpm++":
-        from diffusers import DPMSolverMultistepScheduler
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
         options["algorithm_type"] = "dpmsolver++"
         return DiffusersSampler(DPMSolverMultistepScheduler(**options), sigmas)

@@ -22,14 +22,15 @@ def flow_match_sigmas(num_steps: int, *, shift: float, denoise: float = 1.0) -> 
         [num_steps + 1] float32, descending, last 0.
 
     Raises:
-        ConfigError: for a count below 1, a shift that is not positive, or a denoise outside 0 < x <= 1.
+        ConfigError: for a count below 1, a shift that is not positive, or a denoise outside
+            0 < x <= 1.
 
     Source: Wan 2.1 and StyleMaster's release: sigma' = shift * sigma / (1 + (shift - 1) * sigma).
     """
     if num_steps < 1:
         raise ConfigError(f"the number of steps must be at least 1, got {num_steps}")
-    if not shift > 0:
-        raise ConfigError(f"the shift must be positive, got {shift}")
+    if not 0 < shift < float("inf"):
+        raise ConfigError(f"the shift must be positive and finite, got {shift}")
     if not 0 < denoise <= 1:
         raise ConfigError(f"denoise must be above 0 and at most 1, got {denoise}")
     sigmas = torch.linspace(denoise, 0.0, num_steps + 1)

@@ -20,8 +20,8 @@ class WindowConfig:
     def __post_init__(self) -> None:
         if self.length < 1 or not 0 <= self.overlap < self.length:
             raise ConfigError(
-                f"a window of {self.length} latent frames with an overlap of {self.overlap} cannot work; "
-                "use 0 <= overlap < length"
+                f"a window of {self.length} latent frames with an overlap of {self.overlap} cannot "
+                "work; use 0 <= overlap < length"
             )
 
 
@@ -35,7 +35,7 @@ def plan_windows(num_frames: int, config: WindowConfig | None) -> list[slice]:
 
 
 def window_weights(window: slice, num_frames: int, overlap: int) -> Tensor:
-    """Weight of each frame of a window: 1 inside, rising linearly over the overlap at inner ends."""
+    """Weight of each frame of a window: 1 inside, a linear ramp over the overlap at inner ends."""
     length = window.stop - window.start
     weights = torch.ones(length)
     ramp = torch.arange(1, overlap + 1) / (overlap + 1)
@@ -49,7 +49,7 @@ def window_weights(window: slice, num_frames: int, overlap: int) -> Tensor:
 def blend_windows(
     parts: list[Tensor], windows: list[slice], num_frames: int, overlap: int
 ) -> Tensor:
-    """Weighted mean of window results [B, C, t, h, w] over all frames -> [B, C, num_frames, h, w]."""
+    """Weighted mean of window results [B, C, t, h, w] -> [B, C, num_frames, h, w]."""
     if len(parts) == 1:
         return parts[0]
     b, c, _, h, w = parts[0].shape

@@ -33,13 +33,21 @@ def training_schedule(*, shift: float = 5.0) -> TrainingSchedule:
 
 
 def flow_match_loss(velocity: Tensor, clean: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the batch of weight * mse(velocity, noise - clean), in float32.
+    """Mean over the batch of `flow_match_losses`."""
+    return flow_match_losses(velocity, clean, noise, weight).mean()
+
+
+def flow_match_losses(velocity: Tensor, clean: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+    """Loss of each sample, weight * mse(velocity, noise - clean), in float32.
 
     Args:
         velocity: [B, 16, t, h, w] prediction.
         clean: latents of the same shape.
         noise: of the same shape.
         weight: [B] from `TrainingSchedule.weights`.
+
+    Returns:
+        [B] float32.
 
     Raises:
         LayoutError: if the shapes differ.
@@ -48,8 +56,8 @@ def flow_match_loss(velocity: Tensor, clean: Tensor, noise: Tensor, weight: Tens
     """
     if not velocity.shape == clean.shape == noise.shape or weight.shape != velocity.shape[:1]:
         raise LayoutError(
-            f"velocity {list(velocity.shape)}, clean {list(clean.shape)}, noise {list(noise.shape)} and "
-            f"weight {list(weight.shape)} do not belong together"
+            f"velocity {list(velocity.shape)}, clean {list(clean.shape)}, noise "
+            f"{list(noise.shape)} and weight {list(weight.shape)} do not belong together"
         )
     error = F.mse_loss(velocity.float(), (noise - clean).float(), reduction="none")
-    return (error.flatten(1).mean(1) * weight.float()).mean()
+    return error.flatten(1).mean(1) * weight.float()

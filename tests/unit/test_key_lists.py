@@ -1,0 +1,74 @@
+"""Models of real size have exactly the keys and shapes of the released files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from stylemaster_core.models.decoupled_attention import StyleAttention
+from stylemaster_core.models.gray_tile_controlnet import (
+    DiffusersHost,
+    GrayTileControlNet,
+    copy_from_transformer,
+)
+from stylemaster_core.models.query_transformer import QueryTransformer
+from stylemaster_core.models.style_projector import GlobalProjection, StyleProjector
+from stylemaster_core.models.wan_transformer import StyledWanTransformer
+from stylemaster_core.weights.key_maps import diffusers_block_key_to_native, diffusers_to_native
+
+FOLDER = Path(__file__).parents[1] / "golden" / "checkpoint_keys"
+
+
+def released(name):
+    keys = json.loads((FOLDER / f"{name}_ckpt_keys.json").read_text())["keys"]
+    return {key: tuple(shape) for key, shape in keys.items()}
+
+
+def shapes(state_dict):
+    return {key: tuple(value.shape) for key, value in state_dict.items()}
+
+
+@pytest.fixture(scope="module")
+def stylemaster():
+    with torch.device("meta"):
+        base = diffusers_to_native(StyledWanTransformer().state_dict())
+        style = StyleAttention(30, 4096, 1536).state_dict()
+        projector = StyleProjector(
+            QueryTransformer(2, 1280, 3, 8, 4096), GlobalProjection(1024, 14, 4096)
+        )
+    prefixed = {f"style_model.{k}": v for k, v in projector.release_state_dict().items()}
+    return base, style, prefixed
+
+
+def test_stylemaster(stylemaster):
+    base, style, projector = stylemaster
+    assert shapes(base | style | projector) == released("stylemaster")
+    assert [len(part) for part in stylemaster] == [825, 150, 46]
+    assert [sum(t.numel() for t in part.values()) for part in stylemaster] == [
+        1_418_996_800,
+        377_625_600,
+        123_068_672,
+    ]
+
+
+def native_control_key(key):
+    if not key.startswith("control_blocks."):
+        return key
+    prefix, index, rest = key.split(".", 2)
+    return f"{prefix}.{index}.{diffusers_block_key_to_native(rest)}"
+
+
+def test_controlnet():
+    with torch.device("meta"):
+        module = GrayTileControlNet(
+            DiffusersHost(), width=1536, ffn_width=8960, num_heads=12, num_blocks=15
+        )
+    ours = {native_control_key(key): value for key, value in module.state_dict().items()}
+    assert shapes(ours) == released("controlnet")
+    assert sum(t.numel() for t in ours.values()) == 757_697_280
+
+
+def test_copying_the_transformer_gives_the_controlnet(stylemaster):
+    base, style, projector = stylemaster
+    assert shapes(copy_from_transformer(base | style | projector)) == released("controlnet")
