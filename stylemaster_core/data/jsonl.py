@@ -63,7 +63,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file beside its place and rename it into place; one that is there is replaced.
 
-    Callers decide whether replacing is allowed.
+    Callers decide whether replacing is allowed, and hold the lock of the folder.
     """
     _replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -74,6 +74,8 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
+    for left_by_kill in path.parent.glob(f".{path.name}.*.part"):
+        left_by_kill.unlink()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as stream:

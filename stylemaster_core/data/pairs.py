@@ -119,6 +119,8 @@ def make_pairs(
         names = {"first": f"{index:06d}_a.png", "second": f"{index:06d}_b.png"}
         if pair.kept:
             # Without a record, a file of that name is what a killed process left.
+            for left_by_kill in folder.glob(f".{index:06d}_?.*.part.png"):
+                left_by_kill.unlink()
             write_image(folder / names["first"], pair.canvas, overwrite=True)
             write_image(
                 folder / names["second"], pair.view.apply_image(pair.canvas), overwrite=True

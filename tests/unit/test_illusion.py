@@ -209,6 +209,7 @@ def test_resume(diffusion, tmp_path):
     before = (tmp_path / "000000_a.png").stat().st_mtime_ns
     # A killed process: pictures without a record, half a record, a picture that is gone.
     (tmp_path / "000002_a.png").write_bytes(b"half")
+    (tmp_path / ".000002_b.1.part.png").write_bytes(b"half")
     with (tmp_path / "pairs.jsonl").open("a") as stream:
         stream.write('{"index": 2, "kept": tr')
     (tmp_path / "000001_b.png").unlink()
@@ -217,6 +218,7 @@ def test_resume(diffusion, tmp_path):
     assert [pair.index for pair in read_pairs(tmp_path)] == [0, 1, 2]
     assert all(check_pair(pair) is None for pair in read_pairs(tmp_path))
     assert make_some(tmp_path, diffusion, 3) == []
+    assert not list(tmp_path.glob(".*.png"))
 
 
 def test_other_settings_are_not_mixed(diffusion, tmp_path):

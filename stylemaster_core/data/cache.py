@@ -1,0 +1,251 @@
+"""A cache of encoded samples: safetensors shards, and a manifest that says what made them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import ConfigError, WeightsError
+from ..weights.files import sha256_of
+from .jsonl import read_json
+
+FORMAT = "stylemaster-cache-1"
+MANIFEST = "manifest.json"
+CacheKind = Literal["samples", "pairs"]
+Shape = tuple[int, ...]
+
+
+class CachedDataset(Dataset[dict[str, Tensor]]):
+    """The samples of a cache.
+
+    Of kind "samples", each is `latents` [16, t, h, w], `text` [L, D], `patch_features` [257, C],
+    `image_embeds` [E], `shuffled_embeds` [E] and perhaps `control_latents` like `latents`; of kind
+    "pairs", `first_embeds` [E] and `second_embeds` [E]. Shards are mapped into memory on first use,
+    in every process anew.
+
+    Attributes:
+        ids: names of the samples.
+        groups: for pairs, what each one's style is called; samples of one group are alike.
+        hashes: SHA-256 of the model files that made the cache, by the model's name.
+        settings: with which it was made.
+        sizes: shape of each sample's `latents` (of pairs, of `first_embeds`).
+        buckets: size to the numbers of the samples that have it.
+        shapes: of each tensor of a sample; None where samples differ (the text's length).
+    """
+
+    def __init__(self, path: str | Path, *, kind: str = "samples", bucket: bool = False) -> None:
+        """Open a cache.
+
+        Args:
+            path: its folder.
+            kind: "samples" or "pairs".
+            bucket: allow samples of several sizes; batches are then to be drawn from one of
+                `buckets` each.
+
+        Raises:
+            ConfigError: if there is no finished cache of this kind, it is empty, a shard is missing
+                or has another length, only some samples have control latents, or sizes are mixed
+                and `bucket` is false.
+        """
+        self.path = Path(path)
+        manifest = read_manifest(self.path)
+        if manifest["kind"] != kind:
+            raise ConfigError(f"{path} is a cache of {manifest['kind']}; expected one of {kind}")
+        if not manifest["complete"]:
+            raise ConfigError(f"{path} is unfinished; run the same `stylemaster data encode` again")
+        self.hashes: dict[str, str] = manifest["hashes"]
+        self.settings: dict[str, Any] = manifest["settings"]
+        self.ids: list[str] = []
+        self.groups: list[str] = []
+        self._places: list[tuple[int, int]] = []
+        self._keys: list[tuple[str, ...]] = []
+        shapes: list[dict[str, Shape]] = []
+        for record in manifest["shards"]:
+            self._check_file(record)
+            for position, sample in enumerate(record["samples"]):
+                self.ids.append(sample["id"])
+                self.groups.append(sample["group"])
+                self._places.append((record["shard"], position))
+                self._keys.append(tuple(sample["shapes"]))
+                shapes.append({key: tuple(value) for key, value in sample["shapes"].items()})
+        if not self.ids:
+            raise ConfigError(f"{path} holds no sample, all were bad (bad.jsonl says why)")
+        self._check_keys()
+        main = "latents" if kind == "samples" else "first_embeds"
+        self.sizes = [each[main] for each in shapes]
+        self.buckets: dict[Shape, list[int]] = {}
+        for index, size in enumerate(self.sizes):
+            self.buckets.setdefault(size, []).append(index)
+        if len(self.buckets) > 1 and not bucket:
+            counts = ", ".join(f"{list(size)}: {len(own)}" for size, own in self.buckets.items())
+            raise ConfigError(
+                f"{path} holds latents of mixed sizes ({counts} samples); encode with one --size, "
+                "or train in buckets"
+            )
+        self.shapes = {key: _common([each[key] for each in shapes]) for key in shapes[0]}
+        self._files: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        shard, position = self._places[index]
+        file = self._open(shard)
+        return {key: file.get_tensor(tensor_key(position, key)) for key in self._keys[index]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}}
+
+    def check_encoders(self, files: Mapping[str, Path]) -> None:
+        """Check that the cache was made with these models.
+
+        Args:
+            files: by their names in `hashes`: vae, text_encoder, image_encoder; those that matter.
+
+        Raises:
+            ConfigError: if one differs, or is unknown to the cache.
+        """
+        self.check_hashes(hash_models(files))
+
+    def check_hashes(self, hashes: Mapping[str, str]) -> None:
+        """As `check_encoders`, with hashes; for instance those of another cache."""
+        if wrong := [name for name, value in hashes.items() if self.hashes.get(name) != value]:
+            names = ", ".join(name.replace("_", " ") for name in wrong)
+            raise ConfigError(
+                f"the cache {self.path} was made with another {names} (the SHA-256 differ); use "
+                "that model, or encode the data again"
+            )
+
+    def _open(self, shard: int) -> Any:
+        if shard not in self._files:
+            from safetensors import SafetensorError, safe_open
+
+            path = shard_path(self.path, shard)
+            try:
+                self._files[shard] = safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(
+                    f"the shard {path} cannot be read ({error}); `stylemaster data check` finds "
+                    "damaged shards, `data encode` makes them again"
+                ) from error
+        return self._files[shard]
+
+    def _check_file(self, record: Mapping[str, Any]) -> None:
+        path = shard_path(self.path, record["shard"])
+        if not record["samples"]:
+            return
+        size = path.stat().st_size if path.is_file() else None
+        if size != record["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
+            raise ConfigError(
+                f"the shard {path} {state}; run the same `stylemaster data encode` again"
+            )
+
+    def _check_keys(self) -> None:
+        counts = Counter(self._keys)
+        if len(counts) > 1:
+            said = ", ".join(f"{count} with {' '.join(keys)}" for keys, count in counts.items())
+            raise ConfigError(
+                f"the samples of {self.path} hold different tensors ({said}); encode with --tile, "
+                "or without the samples that have no tile"
+            )
+
+
+def hash_models(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of model files; of a folder, over the names and hashes of its files.
+
+    Raises:
+        WeightsError: if one is missing.
+    """
+    return {name: _hash_model(Path(path), name) for name, path in files.items()}
+
+
+def check_cache(folder: Path, on_shard: Callable[[int, int], None] | None = None) -> list[str]:
+    """Compare every shard with its SHA-256.
+
+    Args:
+        folder: of a cache.
+        on_shard: called with the number of shards looked at, and of all.
+
+    Returns:
+        What is wrong, a sentence each; empty if nothing is.
+
+    Raises:
+        ConfigError: if the folder holds no cache.
+    """
+    manifest = read_manifest(folder)
+    problems = []
+    if not manifest["complete"]:
+        problems.append(f"{folder} is unfinished; run the same `stylemaster data encode` again")
+    for number, record in enumerate(manifest["shards"], start=1):
+        if problem := shard_problem(folder, record):
+            problems.append(problem)
+        if on_shard is not None:
+            on_shard(number, len(manifest["shards"]))
+    return problems
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a cache.
+
+    Raises:
+        ConfigError: if the folder holds none, or one of another format.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(
+            f"{folder} holds no {MANIFEST}; make a cache with `stylemaster data encode`"
+        )
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ConfigError(f"{folder / MANIFEST} is no manifest of the format {FORMAT}; encode anew")
+    return manifest
+
+
+def shard_problem(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with a shard's file; None if it is as it was written."""
+    if not record["samples"]:
+        return None
+    path = shard_path(folder, record["shard"])
+    if not path.is_file():
+        return f"the shard {path} is missing"
+    if path.stat().st_size != record["bytes"]:
+        return f"the shard {path} has {path.stat().st_size} bytes, not {record['bytes']}"
+    if sha256_of(path) != record["sha256"]:
+        return f"the shard {path} is damaged (its SHA-256 differs)"
+    return None
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Where a shard's file is."""
+    return folder / f"shard_{index:05d}.safetensors"
+
+
+def tensor_key(position: int, name: str) -> str:
+    """What the tensor of the sample at a position in its shard is called there."""
+    return f"{position:05d}.{name}"
+
+
+def _common(shapes: list[Shape]) -> tuple[int | None, ...]:
+    return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
+
+
+def _hash_model(path: Path, name: str) -> str:
+    if not path.is_dir():
+        return sha256_of(path)
+    # Where loaders look, too: a whole repository holds other models beside this one.
+    folder = path / name if (path / name).is_dir() else path
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix in (".safetensors", ".bin", ".json", ".model")
+    )
+    if not files:
+        raise WeightsError(f"{folder} holds no weights")
+    parts = [f"{file.relative_to(folder).as_posix()} {sha256_of(file)}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
