@@ -1,0 +1,213 @@
+"""Every shipped workflow on a real server, with small random models in the place of real ones."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.comfy import server
+from tests.comfy.shipped_workflows import (
+    FRAMES,
+    HEIGHT,
+    LONG_FRAMES,
+    STEPS,
+    WIDTH,
+    names,
+    node_titled,
+    small,
+    write_inputs,
+    write_models,
+)
+
+LENGTHS = {"image_restyle": 1, "long_video": LONG_FRAMES}
+RESULTS = {"motion_scale_sweep": ["Result with 0", "Result with -0.3", "Result with -1"]}
+# For each workflow, an input that is its own and another value for it.
+OWN_INPUTS = {
+    "text_to_video": ("Size and length", {"num_frames": 9}),
+    "video_to_video": ("Content video", {"file": "reversed.mp4"}),
+    "image_restyle": ("Content image", {"image": "neon.png"}),
+    "two_styles_with_mask": ("Second style image", {"image": "neon.png"}),
+    "style_blend": ("Second style image", {"image": "neon.png"}),
+    "saved_style": ("Saved style", {"style_name": "other_00001_.safetensors"}),
+    "motion_scale_sweep": ("Motion scale 0", {"motion_scale": 0.5}),
+    "long_video": ("Windows of 81 frames", {"context_overlap": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def comfy(comfy_server, comfy_models):
+    """The server, with models and inputs under the names that the workflows give."""
+    write_models(comfy_models)
+    write_inputs(comfy_server.input_dir)
+    return comfy_server
+
+
+def run(comfy, workflow) -> server.Result:
+    result = comfy.run_prompt(workflow)
+    assert result.status == "success", result.error
+    return result
+
+
+def saved(comfy, outputs: dict[str, Any]) -> np.ndarray:
+    """Frames of the file that an output node saved."""
+    (file,) = outputs["images"]
+    content = comfy.view(file)
+    if not file["filename"].endswith(".mp4"):
+        return np.asarray(Image.open(io.BytesIO(content)))[None]
+    with av.open(io.BytesIO(content)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def frames_of(comfy, name: str, **changes: dict[str, Any]) -> np.ndarray:
+    """All final frames before they are encoded, after changes to nodes whose titles are given."""
+    workflow = small(name, changes)
+    crops = [key for key, node in workflow.items() if node["class_type"] == "StyleMasterCrop"]
+    workflow |= {f"seen {crop}": preview(crop) for crop in crops}
+    outputs = run(comfy, workflow).outputs
+    files = [file for crop in crops for file in outputs[f"seen {crop}"]["images"]]
+    pixels = [np.asarray(Image.open(io.BytesIO(comfy.view(file)))) for file in files]
+    return np.stack(pixels).astype(np.int16)
+
+
+def preview(node: str) -> dict[str, Any]:
+    return {"class_type": "PreviewImage", "inputs": {"images": [node, 0]}}
+
+
+def equal(first: np.ndarray, second: np.ndarray) -> bool:
+    """Equal but for rounding: sums of floats depend on where in memory the numbers lie."""
+    return first.shape == second.shape and bool(np.abs(first - second).max() <= 1)
+
+
+@pytest.mark.parametrize("name", names())
+def test_it_finishes(comfy, name):
+    workflow = small(name)
+    outputs = run(comfy, workflow).outputs
+    for title in RESULTS.get(name, ["Result"]):
+        frames = saved(comfy, outputs[node_titled(workflow, title)])
+        assert len(frames) == LENGTHS.get(name, FRAMES)
+        if name == "image_restyle":  # of the shape of the picture, and about as large as asked
+            assert 80 <= frames.shape[1] == frames.shape[2] <= 112
+        else:
+            assert frames.shape[1:] == (HEIGHT, WIDTH, 3)
+        assert frames.std() > 5  # a picture of something, not of one colour
+
+
+@pytest.mark.parametrize("name", names())
+def test_its_own_input_matters(comfy, comfy_models, name):
+    if name == "saved_style":
+        mixture = small("style_blend", {"Keep the mixture": {"filename_prefix": "other"}})
+        run(comfy, mixture)
+        assert (comfy_models / "stylemaster" / "styles" / "other_00001_.safetensors").exists()
+    title, changes = OWN_INPUTS[name]
+    before, after = frames_of(comfy, name), frames_of(comfy, name, **{title: changes})
+    assert not equal(before, after)
+
+
+@pytest.mark.parametrize("name", names())
+def test_equal_seeds_are_equal_and_others_not(comfy, name):
+    workflow = small(name)
+    samplers = [
+        node["_meta"]["title"]
+        for node in workflow.values()
+        if node["class_type"] == "StyleMasterSampler"
+    ]
+
+    def with_seed(seed: int) -> np.ndarray:
+        return frames_of(comfy, name, **{title: {"seed": seed} for title in samplers})
+
+    first, other, again = with_seed(7), with_seed(8), with_seed(7)
+    assert equal(first, again)
+    assert not equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("title", "changes"),
+    [
+        ("Prompt", {"text": "a red train in the snow"}),
+        ("Style image", {"image": "woodcut.png"}),
+        ("Sample", {"style_cfg": 0.0}),
+        ("Choose its textures", {"mode": "all"}),
+    ],
+)
+def test_inputs_of_text_to_video_matter(comfy, title, changes):
+    before, after = (
+        frames_of(comfy, "text_to_video"),
+        frames_of(comfy, "text_to_video", **{title: changes}),
+    )
+    assert not equal(before, after)
+
+
+def test_strength_zero_is_no_style(comfy):
+    """Style strength 0 against the same sampler on the model and prompts as they were loaded."""
+
+    def compared(strength: float) -> float:
+        workflow = small("text_to_video", {"Apply the style": {"strength": strength}})
+        sampler = node_titled(workflow, "Sample")
+        apply = workflow[node_titled(workflow, "Apply the style")]["inputs"]
+        plain = copy.deepcopy(workflow[sampler])
+        plain["inputs"] |= {
+            "model": apply["model"],
+            "styled": apply["positive"],
+            "positive": apply["positive"],
+            "negative": apply["negative"],
+        }
+        workflow |= {
+            "plain": plain,
+            "seen": {"class_type": "StubCompare", "inputs": {"a": [sampler, 0], "b": ["plain", 0]}},
+        }
+        seen = run(comfy, workflow).outputs["seen"]
+        return seen["max_difference"][0] / seen["max_value"][0]
+
+    assert compared(0.0) < 1e-5
+    assert compared(1.0) > 1e-3
+
+
+def test_control_strength_zero_leaves_the_style_only(comfy):
+    off = frames_of(comfy, "video_to_video", **{"Keep the content": {"strength": 0.0}})
+    on = frames_of(comfy, "video_to_video")
+    other = {"Keep the content": {"strength": 0.0}, "Content video": {"file": "reversed.mp4"}}
+    assert equal(off, frames_of(comfy, "video_to_video", **other))
+    assert not equal(on, off)
+
+
+def test_an_error_names_its_node(comfy):
+    workflow = small("video_to_video")
+    control = node_titled(workflow, "Keep the content")
+    workflow[control]["inputs"]["control_net_name"] = "stylemaster_adapter.safetensors"
+    result = comfy.run_prompt(workflow)
+    assert result.status == "error" and result.error is not None
+    assert result.error["node_id"] == control
+    assert result.error["node_type"] == "StyleMasterGrayTileControl"
+    assert "stylemaster_adapter.safetensors is no gray-tile" in result.error["exception_message"]
+
+
+def test_a_missing_file_names_its_node(comfy):
+    workflow = small("text_to_video", {"Style adapter": {"adapter_name": "absent.safetensors"}})
+    result = comfy.run_prompt(workflow)
+    assert result.status == "rejected" and result.error is not None
+    (node,) = result.error["node_errors"].items()
+    assert node[0] == node_titled(workflow, "Style adapter")
+    assert "absent.safetensors" in node[1]["errors"][0]["details"]
+
+
+@pytest.mark.parametrize("name", ["text_to_video", "video_to_video", "long_video"])
+def test_an_interrupted_run_leaves_the_next_right(comfy, name):
+    before = frames_of(comfy, name)
+
+    def interrupt(kind: str, _data: dict[str, Any]) -> None:
+        if kind == "progress":
+            comfy.interrupt()
+
+    endless = small(name, {"Sample": {"steps": 1000, "seed": 3}})
+    stopped = comfy.run_prompt(endless, on_event=interrupt)
+    assert stopped.status == "interrupted"
+    assert node_titled(endless, "Result") not in stopped.outputs
+    # A step count of its own, so that nothing is answered from the cache.
+    frames_of(comfy, name, Sample={"steps": STEPS + 1})
+    assert equal(before, frames_of(comfy, name))

@@ -1,0 +1,286 @@
+"""The shipped workflows in the editor's format: made from the API ones, and read back.
+
+`python -m tests.comfy.ui_workflows [NAME ...]` writes `workflows/NAME.json` from
+`workflows/api/NAME.json` and `workflows/notes/NAME.md`, with the editor of a real ComfyUI.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stylemaster_core.weights.manifest import load_manifest
+from tests.comfy import browser, server, shipped_workflows, small_models
+
+FOLDER = shipped_workflows.FOLDER
+PACK = "stylemaster"
+_CONTROLS = ("fixed", "increment", "decrement", "randomize")
+NOTE = "MarkdownNote"
+
+# Groups from left to right, and the classes of nodes in each, from top to bottom.
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "1  Models": (
+        "UNETLoader",
+        "CLIPLoader",
+        "VAELoader",
+        "CLIPVisionLoader",
+        "StyleMasterAdapterLoader",
+    ),
+    "2  What goes in": (
+        "LoadImage",
+        "LoadVideo",
+        "CLIPTextEncode",
+        "StyleMasterLoadStyle",
+        "GetVideoComponents",
+        "ImageFromBatch",
+        "ImageScale",
+        "ImageScaleToTotalPixels",
+        "SolidMask",
+        "MaskComposite",
+        "InvertMask",
+    ),
+    "3  Style": (
+        "StyleMasterStyleEncoder",
+        "StyleMasterTextureSelector",
+        "StyleMasterBlendStyles",
+        "StyleMasterSaveStyle",
+        "PreviewImage",
+    ),
+    "4  Style and content act": (
+        "StyleMasterLatent",
+        "StyleMasterApplyStyle",
+        "StyleMasterGrayTileControl",
+        "WanContextWindowsManual",
+        "StyleMasterMotionAdapter",
+    ),
+    "5  Sampling and result": (
+        "StyleMasterSampler",
+        "VAEDecode",
+        "StyleMasterCrop",
+        "CreateVideo",
+        "StyleMasterCompareStyles",
+        "SaveVideo",
+        "SaveImage",
+    ),
+}
+# Room for what a node shows once it has run; the others are as large as the editor makes them.
+_SIZES = {
+    "CLIPTextEncode": (320, 120),
+    "LoadImage": (320, 314),
+    "LoadVideo": (320, 314),
+    "PreviewImage": (320, 250),
+    "SaveVideo": (380, 340),
+    "SaveImage": (380, 340),
+}
+_WIDTH, _TITLE, _GAP, _TALLEST = 320, 30, 30, 1400
+_NOTE_SIZE = (440, 460)
+_COLOUR = "#7fa6bd"
+
+
+def is_linked(value: Any) -> bool:
+    """Whether an input of the API format is a link."""
+    return isinstance(value, list)
+
+
+def to_api(graph: Mapping[str, Any]) -> dict[str, Any]:
+    """A workflow of the editor's format in API format, without any ComfyUI.
+
+    Raises:
+        ValueError: if a node's values and its widgets do not belong together.
+    """
+    sources = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    return {
+        str(node["id"]): {
+            "class_type": node["type"],
+            "inputs": dict(_inputs(node, sources)),
+            "_meta": {"title": node["title"]},
+        }
+        for node in graph["nodes"]
+        if node["type"] != NOTE
+    }
+
+
+def _inputs(node: Mapping[str, Any], sources: Mapping[int, Any]) -> Iterator[tuple[str, Any]]:
+    values = list(node.get("widgets_values") or [])
+    for slot in node["inputs"]:
+        value = values.pop(0) if "widget" in slot else None
+        if isinstance(value, int) and values and values[0] in _CONTROLS:
+            values.pop(0)  # what the editor does with a seed after a run
+        if slot.get("link") is not None:
+            yield slot["name"], sources[slot["link"]]
+        elif "widget" in slot and slot["name"] != "upload":
+            yield slot["name"], value
+    if values:
+        raise ValueError(f"node {node['id']} ({node['type']}) has more values: {values}")
+
+
+def model_files() -> dict[str, dict[str, str]]:
+    """What the missing-model dialog is told of each safetensors file that can be downloaded."""
+    models = {}
+    for entry in load_manifest().values():
+        if not entry.file_name.endswith(".safetensors"):
+            continue
+        url = f"https://huggingface.co/{entry.repository}/resolve/main/{entry.file}"
+        model = {"name": entry.file_name, "url": url, "directory": entry.folder}
+        if entry.sha256:
+            model |= {"hash": entry.sha256, "hash_type": "SHA256"}
+        models[entry.file_name] = model
+    return models
+
+
+def finish(graph: dict[str, Any], note: str) -> dict[str, Any]:
+    """Arrange what the editor serialised; add the note, groups and addresses of models."""
+    models = model_files()
+    for node in graph["nodes"]:
+        values = node.get("widgets_values") or []
+        node["widgets_values"] = ["fixed" if value in _CONTROLS else value for value in values]
+        wanted = [models[value] for value in values if isinstance(value, str) and value in models]
+        if wanted:
+            node["properties"]["models"] = wanted
+        if node["type"].startswith("StyleMaster"):
+            node["properties"]["cnr_id"] = PACK
+    _arrange(graph)
+    graph["nodes"].append(_note(graph["last_node_id"] + 1, note))
+    graph["last_node_id"] += 1
+    graph["extra"] = {"ds": {"scale": 0.6, "offset": [120, 140]}}
+    graph.pop("id", None)
+    return graph
+
+
+def _arrange(graph: dict[str, Any]) -> None:
+    known = {class_ for classes in _GROUPS.values() for class_ in classes}
+    left_out = [node["type"] for node in graph["nodes"] if node["type"] not in known]
+    if left_out:
+        raise ValueError(f"put these classes into a group: {left_out}")
+    left = 0.0
+    graph["groups"] = []
+    for title, classes in _GROUPS.items():
+        chosen = [node for node in graph["nodes"] if node["type"] in classes]
+        if not chosen:
+            continue
+        chosen.sort(key=lambda node: node["id"])
+        columns = _columns(chosen)
+        # The first group stands below the note, with a column as wide.
+        above = 0.0 if graph["groups"] else _NOTE_SIZE[1] + 2 * _GAP + _TITLE
+        right, bottom = left, above
+        for column in columns:
+            width, top = max(_size(node)[0] for node in column), above
+            width = max(width, _NOTE_SIZE[0] if above else 0)
+            for node in column:
+                node["size"] = [width, _size(node)[1]]
+                node["pos"] = [right, top + _TITLE]
+                top += _TITLE + node["size"][1] + _GAP
+            right, bottom = right + width + _GAP, max(bottom, top)
+        box = [left - _GAP / 2, above - 60, right - left, bottom - above + 60]
+        number = len(graph["groups"]) + 1
+        graph["groups"].append(
+            {"id": number, "title": title, "bounding": box, "color": _COLOUR, "flags": {}}
+        )
+        left = right + 2 * _GAP
+
+
+def _columns(nodes: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """As few columns as are no taller than the tallest allowed, a new one for each sampler."""
+    starts = [0, *(i for i, node in enumerate(nodes) if i and node["type"] == "StyleMasterSampler")]
+    branches = [nodes[a:b] for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
+    return [column for branch in branches for column in _balanced(branch)]
+
+
+def _balanced(nodes: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    heights = [_size(node)[1] + _TITLE + _GAP for node in nodes]
+    count = -(-int(sum(heights)) // _TALLEST)
+    columns: list[list[dict[str, Any]]] = [[]]
+    filled = 0.0
+    for node, height in zip(nodes, heights, strict=True):
+        if columns[-1] and filled + height / 2 > len(columns) * sum(heights) / count:
+            columns.append([])
+        columns[-1].append(node)
+        filled += height
+    return columns
+
+
+def _size(node: Mapping[str, Any]) -> tuple[float, float]:
+    return _SIZES.get(node["type"], (_WIDTH, node["size"][1]))
+
+
+def _note(number: int, text: str) -> dict[str, Any]:
+    return {
+        "id": number,
+        "type": NOTE,
+        "title": "Read me",
+        "pos": [0, -_TITLE],
+        "size": list(_NOTE_SIZE),
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "properties": {},
+        "widgets_values": [text],
+        "color": "#432",
+        "bgcolor": "#653",
+    }
+
+
+def note_of(name: str, api: Mapping[str, Any]) -> str:
+    """The note of a workflow: its own text, and the files that it needs."""
+    text = (FOLDER / "notes" / f"{name}.md").read_text(encoding="utf-8")
+    models, lines = model_files(), []
+    for node in api.values():
+        for value in node["inputs"].values():
+            if value in (models if isinstance(value, str) else ()):
+                file = models[value]
+                lines.append(f"- [{value}]({file['url']}) in `models/{file['directory']}`")
+    for class_type, lines_of in _OWN_FILES.items():
+        if any(node["class_type"] == class_type for node in api.values()):
+            lines.append(lines_of)
+    return text + "\n## Files\n\n" + "\n".join(lines) + "\n"
+
+
+_OWN_FILES = {
+    "StyleMasterAdapterLoader": "- `stylemaster_adapter.safetensors` in `models/stylemaster`: put "
+    "the released [stylemaster.ckpt](https://huggingface.co/KlingTeam/StyleMaster) there; choosing "
+    "it in *Style adapter* and pressing Run shows the command that converts it",
+    "StyleMasterGrayTileControl": "- `stylemaster_controlnet.safetensors` in `models/controlnet`, "
+    "made by the same command from the release's `controlnet.ckpt`; that file itself works, too",
+}
+
+
+def make(name: str, ui: browser.Ui) -> dict[str, Any]:
+    """One workflow in the editor's format.
+
+    Raises:
+        ValueError: if it would not mean the same as the API one.
+    """
+    api = shipped_workflows.load(name)
+    ui.load(api)
+    graph = finish(ui.serialize(), note_of(name, api))
+    for node in graph["nodes"]:
+        node["title"] = node.get("title") or api[str(node["id"])]["_meta"]["title"]
+    if to_api(graph) != api:
+        raise ValueError(f"{name}: the editor changed the workflow; are all files there?")
+    return graph
+
+
+def main() -> None:
+    checkouts = server.find_comfyui()
+    if not checkouts:
+        raise SystemExit("no ComfyUI found: set COMFYUI_PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder) / "models"
+        small_models.write_small_models(models)
+        shipped_workflows.write_models(models)
+        with server.ComfyServer(checkouts[0], Path(folder) / "base", models) as comfy:
+            shipped_workflows.write_inputs(comfy.input_dir)
+            with browser.open_ui(comfy.url) as ui:
+                for name in sys.argv[1:] or shipped_workflows.names():
+                    text = json.dumps(make(name, ui), indent=1, ensure_ascii=False)
+                    (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
