@@ -1,0 +1,185 @@
+"""`stylemaster train`: train a part of StyleMaster from a cache of encoded samples."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, WeightsError
+
+TRAINERS = {
+    "global-projection": "the MLP on CLIP's image embedding, on illusion pairs",
+    "style": "k_img, v_img, norm_k_img and the style model, on pictures, then on clips",
+    "motion": "the motion adapter, a LoRA, on still clips",
+    "control": "the gray-tile ControlNet",
+    "base": "a small base transformer, from text alone",
+}
+SHORT = {"steps": "run.num_steps", "batch_size": "run.batch_size", "seed": "run.seed"}
+SHORT |= {"lr": "optimizer.lr", "accumulation": "run.accumulation"}
+FILES = ("base", "adapter", "controlnet", "motion_adapter", "global_projection")
+STOPPED = 130
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `train` to the command line."""
+    parser = subparsers.add_parser("train", help="train a part of the model", description=__doc__)
+    trainers = parser.add_subparsers(dest="trainer", required=True, metavar="TRAINER")
+    for name, what in TRAINERS.items():
+        _add_trainer(trainers.add_parser(name, help=what, description=f"Train {what}."))
+
+
+def _add_trainer(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    parser.add_argument("config", nargs="?", help="preset or JSON file; default: the preset")
+    parser.add_argument("--data", type=Path, required=True, metavar="CACHE", help="encoded samples")
+    parser.add_argument("--validation-data", type=Path, metavar="CACHE", help="held-out samples")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    parser.add_argument("--cpu", action="store_true", help="stay off the GPU")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    settings = parser.add_argument_group("settings")
+    for option in SHORT:
+        settings.add_argument(f"--{option.replace('_', '-')}", metavar="N")
+    settings.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="any setting, such as optimizer.ema_decay=0.999; may be given several times",
+    )
+    weights = parser.add_argument_group("weights to start from")
+    for option in FILES:
+        weights.add_argument(f"--{option.replace('_', '-')}", type=Path, metavar="PATH")
+    encoders = parser.add_argument_group("encoders")
+    encoders.add_argument("--vae", type=Path, help="for sample pictures (run.sample_every)")
+    encoders.add_argument(
+        "--text-encoder", type=Path, help="for the empty prompt, where the cache lacks it"
+    )
+    encoders.add_argument("--tokenizer", type=Path, help="of the text encoder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `stylemaster train`; 130 if it was asked to stop before the end."""
+    from ..training.checks import check_hashes
+    from ..training.config import DEFAULT_PRESET, override, read_config
+    from ..training.dry_run import describe
+    from ..training.loop import train
+    from ..training.setup import TrainingFiles, create_trainer
+
+    name: Any = args.config or DEFAULT_PRESET.get(args.trainer, args.trainer)
+    config = read_config(name)
+    if config.trainer != args.trainer:
+        raise ConfigError(
+            f"{args.config} is a config for the trainer {config.trainer!r}, not {args.trainer!r}; "
+            "name a config for it"
+        )
+    shortcuts = [f"{n}={getattr(args, o)}" for o, n in SHORT.items() if getattr(args, o)]
+    config = override(config, [*shortcuts, *args.set])
+    for option in (*FILES, "vae", "text_encoder", "tokenizer"):
+        path = getattr(args, option)
+        if path is not None and not path.exists():
+            raise WeightsError(f"--{option.replace('_', '-')}: {path} does not exist")
+    _quiet_other_processes()
+    data = _open(args.data, args.trainer)
+    validation = None if args.validation_data is None else _open(args.validation_data, args.trainer)
+    encoders = {"vae": args.vae, "text_encoder": args.text_encoder}
+    data.check_encoders({name: path for name, path in encoders.items() if path})
+    if validation is not None:
+        check_hashes(data.hashes, validation.hashes, "the validation data")
+    drops_text = config.trainer != "global-projection" and (
+        config.flow.drop_text > 0
+        or (config.trainer in ("style", "control") and config.style.drop_both > 0)
+        or (config.run.sample_every > 0 and config.run.sample_text_scale != 1)
+    )
+    null_text = _null_text(args, data) if drops_text else None
+    files = TrainingFiles(**{name: getattr(args, name) for name in FILES})
+    if args.dry_run:
+        trainer = create_trainer(config, files, data, null_text=null_text, meta=True)
+        sys.stdout.write(describe(trainer, data, _num_processes()) + "\n")
+        return 0
+    trainer = create_trainer(config, files, data, null_text=null_text)
+    result = train(
+        trainer,
+        data,
+        args.out,
+        validation=validation,
+        resume=args.resume,
+        cpu=args.cpu,
+        decode=_decoder(args.vae, args.cpu) if config.run.sample_every else None,
+        progress=not args.no_progress,
+    )
+    return 0 if result.finished else STOPPED
+
+
+def _open(path: Path, trainer: str) -> Any:
+    from ..data.cache import CachedDataset
+
+    kind = "pairs" if trainer == "global-projection" else "samples"
+    return CachedDataset(path, kind=kind, bucket=True)
+
+
+def _null_text(args: argparse.Namespace, data: Any) -> Any:
+    """Features of the empty prompt: of the cache, or made once and kept beside the run."""
+    from ..models.text_encoder import load_text_encoder
+    from ..weights.files import read_state_dict, write_state_dict
+
+    found = getattr(data, "null_text", None)
+    if found is not None:
+        return found
+    kept = args.out / "null_text.safetensors"
+    expected = {"text_encoder": data.hashes.get("text_encoder", "")}
+    if kept.is_file():
+        file = read_state_dict(kept)
+        if file.metadata == expected:
+            return file.tensors["null_text"]
+    if args.text_encoder is None:
+        raise ConfigError(
+            "text dropout needs the features of the empty prompt, and the cache lacks them; give "
+            "--text-encoder (it is used once), or set flow.drop_text=0 and style.drop_both=0"
+        )
+    features = load_text_encoder(args.text_encoder, args.tokenizer).encode([""])[0]
+    length = int(features.ne(0).any(-1).nonzero().max()) + 1 if features.any() else 1
+    features = features[:length].float().contiguous()
+    if not args.dry_run:
+        write_state_dict(kept, {"null_text": features}, expected, overwrite=True)
+    return features
+
+
+def _decoder(vae: Path | None, cpu: bool) -> Callable[[Any], Any] | None:
+    if vae is None:
+        return None
+    from ..layouts import video_to_frames
+    from ..models.vae import load_vae
+    from ..pipelines.models import choose_device, choose_dtype
+
+    device = choose_device("cpu" if cpu else "auto")
+    model = load_vae(vae, device="cpu", dtype=choose_dtype("auto", device))
+
+    def decode(latents: Any) -> Any:
+        # Only for the moment on the GPU, whose memory the training needs.
+        model.to(device)
+        try:
+            return video_to_frames(model.decode(latents.to(device)))
+        finally:
+            model.to("cpu")
+
+    return decode
+
+
+def _num_processes() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _quiet_other_processes() -> None:
+    """Let only the first of several processes say what is being done."""
+    import os
+
+    if int(os.environ.get("RANK", "0")) > 0:
+        logging.getLogger("stylemaster").setLevel(logging.WARNING)

@@ -1,0 +1,232 @@
+"""Checkpoints: a folder per step, written beside and renamed, and a pointer to the latest.
+
+Killing the process at any moment leaves either the checkpoint or none, never a part of one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightsError
+from ..weights.files import read_state_dict, write_state_dict
+
+logger = logging.getLogger("stylemaster")
+
+FORMAT = "stylemaster-checkpoint-1"
+LATEST = "latest"
+STATE = "state.json"
+SHARDED = "sharded"  # folder of accelerate's own files, where weights are spread over processes
+_FOLDER = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """All that a run needs to go on as if it had not stopped.
+
+    Attributes:
+        step: optimiser steps done.
+        trainer: its name.
+        config: resolved, as JSON values.
+        hashes: of the models that encoded the data, and of the files that training started from.
+        num_processes: of the run; with `config` they give the samples of a step.
+        weights: trained weights, float32; empty where they are spread over processes.
+        optimizer: `state_dict()` of the optimiser.
+        average: moving average of the weights, or None.
+    """
+
+    step: int
+    trainer: str
+    config: dict[str, Any]
+    hashes: dict[str, str]
+    num_processes: int
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    average: dict[str, Tensor] | None = None
+
+
+def write_checkpoint(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    keep: int,
+    shards: Path | None = None,
+) -> Path:
+    """Write a checkpoint, point to it, and remove those before it but `keep - 1`.
+
+    Args:
+        folder: of all checkpoints; made if missing.
+        checkpoint: to write.
+        keep: how many to keep, this one included.
+        shards: folder of accelerate's own files, which moves into the checkpoint.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"step-{checkpoint.step:08d}"
+    part = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+    part.mkdir()
+    try:
+        if shards is not None:
+            os.rename(shards, part / SHARDED)
+        tensors, plain = _split(checkpoint.optimizer)
+        write_state_dict(part / "weights.safetensors", checkpoint.weights)
+        write_state_dict(part / "optimizer.safetensors", tensors)
+        if checkpoint.average is not None:
+            write_state_dict(part / "average.safetensors", checkpoint.average)
+        _write_json(part / "config.json", checkpoint.config)
+        state = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "trainer": checkpoint.trainer,
+            "hashes": checkpoint.hashes,
+            "num_processes": checkpoint.num_processes,
+            "optimizer": plain,
+        }
+        _write_json(part / STATE, state)
+        for file in part.iterdir():
+            _sync(file)
+        place(part, folder / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    point_to(folder, name)
+    remove_old(folder, keep)
+    return folder / name
+
+
+def place(part: Path, target: Path) -> None:
+    """Rename a finished folder into its place; an earlier one of the same step makes way."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        os.rename(target, old)
+        os.rename(part, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(part, target)
+
+
+def point_to(folder: Path, name: str) -> None:
+    """Let `latest` name a checkpoint."""
+    part = folder / f".{LATEST}.{uuid.uuid4().hex[:8]}.tmp"
+    part.write_text(name + "\n", encoding="utf-8")
+    _sync(part)
+    os.replace(part, folder / LATEST)
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; the one that `latest` names stays."""
+    latest = latest_checkpoint(folder)
+    found = sorted(path for path in folder.iterdir() if _FOLDER.fullmatch(path.name))
+    for path in found[:-keep]:
+        if path != latest:
+            # Renamed first: a half-removed folder must not look like a checkpoint.
+            gone = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+            os.rename(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left unfinished."""
+    if folder.is_dir():
+        for path in folder.glob(".*.tmp"):
+            logger.info("removing what an interrupted run left: %s", path)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Folder of the latest checkpoint, or None if there is none.
+
+    Raises:
+        WeightsError: if the pointer names a checkpoint that is not there.
+    """
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        # Killed between the first checkpoint and its pointer, or the pointer was deleted.
+        found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name)]
+        return max(found, default=None)
+    path = folder / pointer.read_text(encoding="utf-8").strip()
+    if not (path / STATE).is_file():
+        raise WeightsError(
+            f"{pointer} names {path.name}, and there is no such checkpoint; write the name of one "
+            f"that exists into it, or remove {folder} to start anew"
+        )
+    return path
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        WeightsError: if it is damaged or of another format.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} is no readable checkpoint: {error}; use another") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise WeightsError(f"{path} is no checkpoint of this version ({FORMAT}); use another")
+    average = path / "average.safetensors"
+    return Checkpoint(
+        step=state["step"],
+        trainer=state["trainer"],
+        config=config,
+        hashes=state["hashes"],
+        num_processes=state["num_processes"],
+        weights=read_state_dict(path / "weights.safetensors").tensors,
+        optimizer=_join(read_state_dict(path / "optimizer.safetensors").tensors, state),
+        average=read_state_dict(average).tensors if average.is_file() else None,
+    )
+
+
+def _split(optimizer: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as tensors by name and plain JSON values."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {"state": {}, "param_groups": optimizer.get("param_groups", [])}
+    for index, values in optimizer.get("state", {}).items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                plain["state"].setdefault(str(index), {})[key] = value
+    return tensors, plain
+
+
+def _join(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
+    plain = state["optimizer"]
+    joined: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in plain["state"].items()}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        joined.setdefault(int(index), {})[key] = value
+    return {"state": joined, "param_groups": plain["param_groups"]}
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Have a file on the disk before its name says that it is there."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in main memory."""
+    return {key: torch.clone(value.detach()).cpu() for key, value in tensors.items()}

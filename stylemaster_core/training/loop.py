@@ -1,0 +1,450 @@
+"""The training loop: one for all trainers, on one process or many."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, LayoutError, StyleMasterError, UnsupportedHostError
+from ..weights.files import write_state_dict
+from . import checkpoint as checkpoints
+from .checks import check_data, check_disk, check_hashes, check_resume, check_trained, disk_bytes
+from .config import config_to_dict
+from .ema import MovingAverage
+from .optimizer import create_optimizer, learning_rate
+from .samples import (
+    Batch,
+    BatchPlan,
+    StepBatches,
+    StepSamples,
+    TrainingData,
+    collate,
+    draw_sample,
+    generator_of,
+    group_by_size,
+    split_validation,
+)
+from .stats import Stats, forget_after
+from .stop import StopRequest
+from .trainer import Trainer
+
+logger = logging.getLogger("stylemaster")
+
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
+SHEET_FRAMES = 5
+# Latents [1, 16, t, h, w] -> frames, uint8 [T, H, W, 3].
+Decode = Callable[[Tensor], np.ndarray]
+
+
+class NonFiniteError(StyleMasterError):
+    """The loss or the gradient is NaN or infinite."""
+
+
+class TrainResult(NamedTuple):
+    """How a run ended."""
+
+    step: int  # optimiser steps done
+    finished: bool  # False: it was asked to stop
+    files: list[Path]  # trained files
+
+
+def train(
+    trainer: Trainer,
+    data: TrainingData,
+    out: str | Path,
+    *,
+    validation: TrainingData | None = None,
+    resume: bool = False,
+    cpu: bool = False,
+    decode: Decode | None = None,
+    progress: bool = False,
+) -> TrainResult:
+    """Train, and write checkpoints, `stats.jsonl` and at the end the trained files.
+
+    Args:
+        trainer: what is trained, how, and by which config.
+        data: the samples.
+        out: folder of the run.
+        validation: held-out samples; None to hold some out of `data`.
+        resume: go on from the latest checkpoint in `out`, or begin if there is none.
+        cpu: stay off the GPU.
+        decode: makes frames of generated latents; needed for sample pictures.
+        progress: show a progress bar.
+
+    Returns:
+        The step reached, and the files; after a request to stop, the files as trained so far.
+
+    Raises:
+        StyleMasterError: before the first step if something does not fit (`checks`), later for a
+            loss that is not finite.
+    """
+    run = trainer.config.run
+    if run.validate_every and validation is None:
+        data, validation = split_validation(data, run.validation_samples, run.seed)
+    check_trained(trainer)
+    check_data(trainer, data)
+    if validation is not None:
+        check_data(trainer, validation, "validation data")
+        check_hashes(data.hashes, validation.hashes, "the validation data")
+    if run.sample_every and (decode is None or validation is None):
+        raise ConfigError(
+            "sample pictures (run.sample_every) need a VAE and held-out samples; give both, or set "
+            "run.sample_every=0"
+        )
+    out = Path(out)
+    folder = out / CHECKPOINTS
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"{out} holds the checkpoints of another run; resume it (--resume) or choose another "
+            "folder"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    check_disk(out, disk_bytes(trainer))
+    with StopRequest(out) as stop:
+        loop = _Loop(trainer, data, validation, out, cpu=cpu, decode=decode, progress=progress)
+        try:
+            return loop.run(stop, resume=resume)
+        finally:
+            loop.close()
+
+
+class _Loop:
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: TrainingData,
+        validation: TrainingData | None,
+        out: Path,
+        *,
+        cpu: bool,
+        decode: Decode | None,
+        progress: bool,
+    ) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        self.config = trainer.config
+        run, optimizer = self.config.run, self.config.optimizer
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if run.precision == "bfloat16" else "no",
+            gradient_accumulation_steps=run.accumulation,
+            cpu=cpu,
+            # All buffers are constants, and validation runs different counts on each process.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        kind = str(self.accelerator.distributed_type.value).upper()
+        self.sharded = kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+        if self.sharded and (optimizer.ema_decay or run.sample_every):
+            raise UnsupportedHostError(
+                f"with {kind} the weights are spread over processes, and neither their moving "
+                "average nor sample pictures work; set optimizer.ema_decay=0 and "
+                "run.sample_every=0, or use plain data parallelism"
+            )
+        state: Any = self.accelerator.state
+        if kind == "DEEPSPEED":
+            settings = state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = run.batch_size
+        if (kind == "FSDP" and state.fsdp_plugin.fsdp_version != 2) or (
+            kind == "DEEPSPEED" and state.deepspeed_plugin.zero_stage == 3
+        ):
+            raise UnsupportedHostError(
+                f"this kind of {kind} leaves no tensor whole to write; use FSDP with "
+                "fsdp_version: 2, DeepSpeed ZeRO 1 or 2, or plain data parallelism"
+            )
+        self.trainer, self.data, self.validation = trainer, data, validation
+        self.out, self.decode = out, decode
+        created = create_optimizer(trainer.trained().values(), optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(trainer, created)
+        self.parameters = trainer.trained()
+        self.average: MovingAverage | None = None
+        if optimizer.ema_decay:
+            self.average = MovingAverage(self.parameters, optimizer.ema_decay)
+        self.hashes = dict(data.hashes) | trainer.provenance
+        self.is_main = self.accelerator.is_main_process
+        self.progress = progress and self.is_main
+        self.stats: Stats | None = None
+        self.samples_per_step = run.batch_size * run.accumulation * self.accelerator.num_processes
+
+    def close(self) -> None:
+        if self.stats is not None:
+            self.stats.close()
+        self.accelerator.end_training()
+
+    def run(self, stop: StopRequest, *, resume: bool) -> TrainResult:
+        from tqdm import tqdm
+
+        run = self.config.run
+        start = self._resume() if resume else 0
+        self._open_files(start)
+        plan = BatchPlan(group_by_size(self.data), self.samples_per_step, run.seed)
+        self._say(start)
+        if start == 0:
+            self._validate(0)
+        step, stopped = start, False
+        bar = tqdm(total=run.num_steps, initial=start, disable=not self.progress, unit="step")
+        with bar:
+            batches = self._batches(plan, start)
+            for step in range(start + 1, run.num_steps + 1):
+                bar.set_postfix(loss=f"{self._step(step, batches):.4f}")
+                bar.update()
+                stopped = self._anyone(stop.asked) and step < run.num_steps
+                if not stopped:
+                    if run.validate_every and step % run.validate_every == 0:
+                        self._validate(step)
+                    if run.sample_every and step % run.sample_every == 0:
+                        self._sample(step)
+                if stopped or step % run.save_every == 0 or step == run.num_steps:
+                    self._save(step)
+                if stopped:
+                    break
+        if stopped and self.is_main:
+            logger.info("stopped as asked after step %d; --resume goes on from there", step)
+        return TrainResult(step, not stopped, self._write_files())
+
+    def _batches(self, plan: BatchPlan, start: int) -> Iterator[Batch]:
+        run = self.config.run
+        sampler = StepBatches(
+            plan,
+            steps=range(start, run.num_steps),
+            batch_size=run.batch_size,
+            accumulation=run.accumulation,
+            process=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        loader = torch.utils.data.DataLoader(
+            StepSamples(self.data, self.trainer.draws, run.seed),
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=run.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        return iter(loader)
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> float:
+        """One optimiser step; `step` counts from 1. Returns the loss of all its samples."""
+        config, began = self.config, time.perf_counter()
+        rate = learning_rate(config.optimizer, step - 1, config.run.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        names, losses = [], []
+        norm: Any = None
+        for _ in range(config.run.accumulation):
+            batch = next(batches)
+            with self.accelerator.accumulate(self.model):
+                loss = self._losses(batch, step)
+                names += batch.names
+                losses.append(loss.detach())
+                self.accelerator.backward(loss.mean())
+        own = torch.cat(losses)
+        total = self.accelerator.reduce(own.mean(), "mean").item()  # type: ignore[union-attr]
+        self._check_finite(step, total, own, names)
+        clip = config.optimizer.clip_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
+        norm = None if norm is None else float(norm)
+        if norm is not None and not math.isfinite(norm):
+            raise self._not_finite(step, f"the norm of the gradient is {norm}", names)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(step - 1)
+        seconds = time.perf_counter() - began
+        self._write(
+            step,
+            {
+                "loss": total,
+                "lr": rate,
+                "grad_norm": norm,
+                "samples_per_s": round(self.samples_per_step / seconds, 4),
+                "peak_memory_gb": self._peak_memory(),
+            },
+        )
+        return total
+
+    def _losses(self, batch: Batch, step: int) -> Tensor:
+        device = self.accelerator.device
+        tensors = {k: v.to(device, non_blocking=True) for k, v in batch.tensors.items()}
+        try:
+            return self.model(tensors).float()
+        except LayoutError as error:
+            raise LayoutError(f"step {step}, samples {', '.join(batch.names)}: {error}") from error
+
+    def _check_finite(self, step: int, total: float, own: Tensor, names: list[str]) -> None:
+        """Stop before a loss that is not finite reaches the weights."""
+        if math.isfinite(total):
+            return
+        bad = [name for name, loss in zip(names, own.tolist(), strict=True) if loss - loss != 0]
+        raise self._not_finite(step, f"the loss is {total}", bad)
+
+    def _not_finite(self, step: int, what: str, names: list[str]) -> NonFiniteError:
+        from accelerate.utils import gather_object
+
+        names = sorted(set(gather_object(names)))
+        last = checkpoints.latest_checkpoint(self.out / CHECKPOINTS)
+        return NonFiniteError(
+            f"step {step}: {what}; samples: {', '.join(names)}. The weights were left as they were "
+            f"before this step; the last checkpoint is {last.name if last else 'none'}. Look at "
+            "those samples; if they are fine, lower optimizer.lr or use run.precision=float32"
+        )
+
+    @torch.no_grad()
+    def _validate(self, step: int) -> None:
+        """Mean loss of held-out samples at fixed noise and noise levels."""
+        run = self.config.run
+        if self.validation is None or not run.validate_every:
+            return
+        process, count = self.accelerator.process_index, self.accelerator.num_processes
+        total = torch.zeros(2, device=self.accelerator.device)
+        with self._averaged():
+            # Every process makes as many passes; one without a sample left repeats the last.
+            for index in range(process, math.ceil(len(self.validation) / count) * count, count):
+                losses = self._validation_losses(min(index, len(self.validation) - 1))
+                if index < len(self.validation):
+                    total += torch.stack([losses.sum(), losses.new_tensor(float(len(losses)))])
+            metrics = self.trainer.metrics(self.validation)
+        total = self.accelerator.reduce(total, "sum")
+        loss = (total[0] / total[1]).item()  # type: ignore[index]
+        self._write(step, {"validation_loss": loss} | metrics)
+        if self.is_main:
+            said = "".join(f", {key} {value:.4f}" for key, value in metrics.items())
+            logger.info("step %d: held-out loss %.5f%s", step, loss, said)
+
+    def _validation_losses(self, index: int) -> Tensor:
+        run, draws = self.config.run, self.trainer.draws
+        drawn = []
+        for number in range(run.validation_draws):
+            generator = generator_of(run.seed, "validation", index, number)
+            position = (number + 0.5) / run.validation_draws
+            drawn.append(draw_sample(self.validation, index, draws, generator, position))  # type: ignore[arg-type]
+        return self._losses(collate(drawn), 0)
+
+    def _sample(self, step: int) -> None:
+        """A sheet of frames generated under the conditions of the first held-out sample."""
+        from ..data.images import write_image
+
+        if self.is_main and self.decode is not None and self.validation is not None:
+            with self._averaged(), self.accelerator.autocast():
+                latents = self.trainer.sample(self.validation, 0)
+            if latents is not None:
+                frames = self.decode(latents.float())
+                chosen = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round()
+                sheet = np.concatenate([frames[int(i)] for i in chosen], axis=1)
+                path = self.out / SAMPLES / f"step-{step:08d}.png"
+                path.parent.mkdir(exist_ok=True)
+                write_image(path, sheet, overwrite=True)
+                self._write(step, {"sample": path.relative_to(self.out).as_posix()})
+        self.accelerator.wait_for_everyone()
+
+    def _averaged(self) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def _resume(self) -> int:
+        """Load the latest checkpoint, if there is one; returns the steps done."""
+        folder = self.out / CHECKPOINTS
+        path = checkpoints.latest_checkpoint(folder)
+        if path is None:
+            return 0
+        found = checkpoints.read_checkpoint(path)
+        check_resume(found, self.config, self.hashes, self.accelerator.num_processes)
+        if self.sharded:
+            self.accelerator.load_state(str(path / checkpoints.SHARDED))
+            return found.step
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(found.weights[name])
+        self.optimizer.load_state_dict(found.optimizer)
+        if self.average is not None and found.average is not None:
+            self.average.load(found.average)
+        return found.step
+
+    def _save(self, step: int) -> None:
+        run, folder = self.config.run, self.out / CHECKPOINTS
+        shards = folder / f".shards-{step}.tmp"
+        if self.sharded:
+            self.accelerator.save_state(str(shards))
+            self.accelerator.wait_for_everyone()
+        if self.is_main:
+            whole = not self.sharded
+            found = checkpoints.Checkpoint(
+                step,
+                self.trainer.name,
+                config_to_dict(self.config),
+                self.hashes,
+                self.accelerator.num_processes,
+                checkpoints.to_cpu(self.parameters) if whole else {},
+                self.optimizer.state_dict() if whole else {},
+                checkpoints.to_cpu(self.average.average) if self.average is not None else None,
+            )
+            checkpoints.write_checkpoint(
+                folder, found, keep=run.keep_checkpoints, shards=shards if self.sharded else None
+            )
+            logger.info("step %d: wrote a checkpoint", step)
+        self.accelerator.wait_for_everyone()
+
+    def _write_files(self) -> list[Path]:
+        """Write the trained files, with the moving average if there is one."""
+        paths = []
+        with self._averaged():
+            files = self.trainer.outputs()
+        if self.is_main:
+            for file in files:
+                path = self.out / file.name
+                write_state_dict(path, file.tensors, file.metadata, overwrite=True)
+                logger.info("wrote %s", path)
+                paths.append(path)
+        self.accelerator.wait_for_everyone()
+        return paths
+
+    def _open_files(self, start: int) -> None:
+        if not self.is_main:
+            return
+        checkpoints.remove_leftovers(self.out / CHECKPOINTS)
+        forget_after(self.out, start)
+        config = json.dumps(config_to_dict(self.config), indent=2)
+        part = self.out / ".config.json.tmp"
+        part.write_text(config + "\n", encoding="utf-8")
+        part.replace(self.out / "config.json")
+        self.stats = Stats(self.out, tensorboard=self.config.run.tensorboard)
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if self.stats is not None:
+            self.stats.write(step, values)
+
+    def _anyone(self, asked: bool) -> bool:
+        """Whether any process was asked: all must stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        flag = torch.tensor(float(asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())  # type: ignore[union-attr]
+
+    def _peak_memory(self) -> float | None:
+        if self.accelerator.device.type != "cuda":
+            return None
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+
+    def _say(self, start: int) -> None:
+        if self.is_main:
+            trained = sum(p.numel() for p in self.parameters.values())
+            logger.info(
+                "%s: %s trained parameters, %d samples (%d held out), %d a step on %d process(es) "
+                "of %s, steps %d to %d",
+                self.trainer.name,
+                f"{trained:,}",
+                len(self.data),
+                0 if self.validation is None else len(self.validation),
+                self.samples_per_step,
+                self.accelerator.num_processes,
+                self.accelerator.device,
+                start + 1,
+                self.config.run.num_steps,
+            )

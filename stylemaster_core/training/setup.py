@@ -1,0 +1,206 @@
+"""From files and a config to a trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, WeightsError
+from ..weights.files import read_keys, read_state_dict, sha256_of
+from ..weights.state_dict import (
+    describe_kind,
+    detect_kind,
+    shapes_of,
+    split_release,
+    strip_prefix,
+)
+from .base_model import create_base_trainer
+from .config import TrainConfig
+from .global_projection import create_projection_trainer
+from .gray_tile_controlnet import create_control_trainer
+from .motion_adapter import create_motion_trainer
+from .samples import TrainingData
+from .style_modulation import create_style_trainer
+from .trainer import Trainer
+
+logger = logging.getLogger("stylemaster")
+
+_KINDS = {
+    "base": {"stylemaster", "wan_native", "wan_diffusers"},
+    "adapter": {"style_adapter", "stylemaster"},
+    "controlnet": {"gray_tile_controlnet"},
+    "motion_adapter": {"motion_adapter"},
+    "global_projection": {"style_adapter"},
+}
+_USED: dict[str, tuple[str, ...]] = {
+    "global-projection": ("global_projection",),
+    "style": ("base", "adapter", "global_projection"),
+    "motion": ("base", "motion_adapter"),
+    "control": ("base", "controlnet", "adapter", "global_projection"),
+    "base": ("base",),
+}
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """Weights that training starts from; None for new ones.
+
+    Attributes:
+        base: Wan transformer, or the whole release, of which only the base is used. File or folder.
+            Needed, except to train a new base.
+        adapter: style adapter.
+        controlnet: gray-tile ControlNet.
+        motion_adapter: LoRA.
+        global_projection: file of the trainer of that name.
+    """
+
+    base: Path | None = None
+    adapter: Path | None = None
+    controlnet: Path | None = None
+    motion_adapter: Path | None = None
+    global_projection: Path | None = None
+
+
+def create_trainer(
+    config: TrainConfig,
+    files: TrainingFiles,
+    data: TrainingData,
+    *,
+    null_text: Tensor | None = None,
+    meta: bool = False,
+) -> Trainer:
+    """Read the files and make the trainer that the config names.
+
+    Args:
+        config: of the run.
+        files: weights to start from.
+        data: samples; the first one's shapes decide the widths of new weights.
+        null_text: [L, Dt] features of the empty prompt.
+        meta: read shapes alone and make everything without numbers, for a dry run.
+
+    Raises:
+        StyleMasterError: for missing or unfitting files.
+    """
+    name = config.trainer
+    given = {f.name: getattr(files, f.name) for f in dataclasses.fields(files)}
+    unused = [key for key, path in given.items() if path is not None and key not in _USED[name]]
+    if unused:
+        raise ConfigError(
+            f"the trainer {name!r} has no use for --{unused[0].replace('_', '-')}; leave it out"
+        )
+    if files.base is None and name in ("style", "motion", "control"):
+        raise WeightsError(f"the trainer {name!r} needs a base transformer; give it with --base")
+    if len(data) == 0:
+        raise ConfigError("the dataset is empty; add samples, or look at what was skipped and why")
+    provenance: dict[str, str] = {}
+    weights: dict[str, dict[str, Tensor] | None] = {}
+    for key, path in given.items():
+        weights[key] = None
+        if path is not None:
+            logger.info("reading the %s: %s", key.replace("_", " "), path)
+            weights[key], metadata = _read(path, key, meta)
+            if not meta:
+                provenance[f"{key}_sha256"] = _hash(path)
+            if key == "adapter":
+                config = _with_heads(config, metadata)
+            _compare_base(provenance, metadata, path)
+    features = {key: tuple(value.shape) for key, value in data[0].items()}
+    with torch.device("meta" if meta else "cpu"):
+        if meta and null_text is not None:
+            null_text = null_text.to("meta")
+        return _create(config, weights, features, null_text=null_text, provenance=provenance)
+
+
+def _create(
+    config: TrainConfig,
+    weights: Mapping[str, Any],
+    features: Mapping[str, tuple[int, ...]],
+    *,
+    null_text: Tensor | None,
+    provenance: Mapping[str, str],
+) -> Trainer:
+    if config.trainer == "global-projection":
+        start = weights["global_projection"]
+        return create_projection_trainer(config, features, start=start, provenance=provenance)
+    more: dict[str, Any] = {"null_text": null_text, "provenance": provenance}
+    base = weights["base"]
+    if config.trainer == "base":
+        return create_base_trainer(config, base, **more)
+    if config.trainer == "motion":
+        return create_motion_trainer(config, base, adapter=weights["motion_adapter"], **more)
+    more |= {"adapter": weights["adapter"], "contrastive": weights["global_projection"]}
+    if config.trainer == "style":
+        return create_style_trainer(config, base, features, **more)
+    return create_control_trainer(config, base, features, controlnet=weights["controlnet"], **more)
+
+
+def _read(path: Path, key: str, meta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a file, or of all safetensors of a folder, and the file's metadata."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file in _files_of(path):
+        if meta:
+            for name, (shape, dtype) in read_keys(file).items():
+                tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+        else:
+            content = read_state_dict(file)
+            tensors |= content.tensors
+            metadata |= content.metadata
+    tensors = strip_prefix(tensors)
+    kind = detect_kind(shapes_of(tensors))
+    if kind not in _KINDS[key]:
+        raise WeightsError(
+            f"--{key.replace('_', '-')}: {path} is {describe_kind(kind)}; a file of another kind "
+            "is needed here"
+        )
+    base, adapter = split_release(tensors)
+    if key == "base" and kind == "stylemaster":
+        logger.info("%s is the whole release; its style branch is left out", path)
+        return base, metadata
+    if key == "adapter":
+        if not any("_img." in name for name in adapter):
+            raise WeightsError(
+                f"--adapter: {path} holds no k_img and v_img; if the trainer of the global "
+                "projection wrote it, give it with --global-projection"
+            )
+        return adapter, metadata
+    return tensors, metadata
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightsError(f"{path} holds no .safetensors files; give a file, or another folder")
+    return files
+
+
+def _hash(path: Path) -> str:
+    return "-".join(sha256_of(file) for file in _files_of(path))
+
+
+def _with_heads(config: TrainConfig, metadata: Mapping[str, str]) -> TrainConfig:
+    """The heads of the style model cannot be read off its weights; the file's header tells."""
+    heads = int(metadata.get("style_num_heads", config.style.num_heads))
+    return dataclasses.replace(config, style=dataclasses.replace(config.style, num_heads=heads))
+
+
+def _compare_base(provenance: Mapping[str, str], metadata: Mapping[str, str], path: Path) -> None:
+    trained_on = metadata.get("base_sha256")
+    ours = provenance.get("base_sha256")
+    if trained_on and ours and trained_on != ours:
+        logger.warning(
+            "%s was trained on another base (SHA-256 %s, this one %s)",
+            path,
+            trained_on[:12],
+            ours[:12],
+        )
