@@ -189,11 +189,16 @@ def test_an_error_names_its_node(comfy):
 
 def test_a_missing_file_names_its_node(comfy):
     workflow = small("text_to_video", {"Style adapter": {"adapter_name": "absent.safetensors"}})
+    adapter = node_titled(workflow, "Style adapter")
     result = comfy.run_prompt(workflow)
-    assert result.status == "rejected" and result.error is not None
-    (node,) = result.error["node_errors"].items()
-    assert node[0] == node_titled(workflow, "Style adapter")
-    assert "absent.safetensors" in node[1]["errors"][0]["details"]
+    assert result.error is not None
+    if result.status == "rejected":
+        assert list(result.error["node_errors"]) == [adapter]
+        assert "absent.safetensors" in str(result.error["node_errors"])
+    else:  # 0.3.64 does not see it where two outputs need the node; then the node itself says it
+        assert result.status == "error"
+        assert result.error["node_id"] == adapter
+        assert "absent.safetensors" in result.error["exception_message"]
 
 
 @pytest.mark.parametrize("name", ["text_to_video", "video_to_video", "long_video"])
