@@ -148,6 +148,7 @@ def draw_thumbnails() -> None:
     s.arrow((365, 215), (392, 215))
     s.picture((475, 215), both, (150, 100), "where each acts")
     save_jpg(s, "two_styles_with_mask")
+    s.image.quantize(128).save(HERE / "regions.png", optimize=True)
 
     s = sheet("Mix styles, keep the mixture")
     s.picture((110, 130), styles["woodcut"], (120, 120), "1.0")
