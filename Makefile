@@ -18,7 +18,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check $(CHECKED)
 
 types: $(VENV)/.installed
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 unit: $(VENV)/.installed  ## everything that needs no ComfyUI
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/comfy -q -n 2 --dist loadfile

@@ -17,7 +17,7 @@ from ..stylemaster_core.models.motion_adapter import (
     motion_adapter_state_dict,
 )
 from .block_styles import in_range
-from .wan_patches import _blocks, _check_model, _hooked, _raw, _with_wrapper
+from .wan_patches import check_model, hooked, raw, raw_blocks, with_wrapper
 
 MOTION_KEY = "stylemaster_motion"
 PROJECTIONS = ("q", "k", "v", "o")
@@ -39,7 +39,7 @@ def patch_motion(model: Any, adapter: MotionAdapter, scale: float, start: float,
         )
     blocks = [block["self_attn"] for block in adapter.blocks]  # type: ignore[index]
     width = blocks[0]["q"].lora_A.in_features
-    _check_model(model, width, len(blocks), "this motion adapter")
+    check_model(model, width, len(blocks), "this motion adapter")
     if scale == 0:
         return model.clone()
     if start == 0 and end == 1:
@@ -60,18 +60,18 @@ def patch_motion(model: Any, adapter: MotionAdapter, scale: float, start: float,
         comfy.model_management.throw_exception_if_processing_interrupted()
         base, hooks = executor.class_obj, []
         if in_range(base.model_sampling, float(t.max()), start, end):
-            for block, layers in zip(_blocks(base), blocks, strict=True):
-                attention = _raw(block.self_attn)
+            for block, layers in zip(raw_blocks(base), blocks, strict=True):
+                attention = raw(block.self_attn)
                 for name in PROJECTIONS:
                     down, up = (layers[name].get_submodule(f"lora_{x}").weight for x in "AB")
                     moved = (down.to(x.device), up.to(x.device) * scale)
-                    linear = _raw(getattr(attention, name))
+                    linear = raw(getattr(attention, name))
                     hooks.append((linear, _linear_with_motion, {"stylemaster_motion": moved}))
-        with _hooked(hooks):
+        with hooked(hooks):
             options = transformer_options or {}
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
-    return _with_wrapper(model, WrappersMP.APPLY_MODEL, MOTION_KEY, apply_with_motion)
+    return with_wrapper(model, WrappersMP.APPLY_MODEL, MOTION_KEY, apply_with_motion)
 
 
 def _linear_with_motion(self: Any, x: Tensor) -> Tensor:

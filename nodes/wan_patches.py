@@ -35,7 +35,7 @@ _ABSENT = object()
 
 
 @contextlib.contextmanager
-def _hooked(
+def hooked(
     hooks: Sequence[tuple[nn.Module, Callable[..., Tensor], dict[str, Any]]],
 ) -> Iterator[None]:
     """Give modules a `forward` and attributes; afterwards they are as before, whatever happened."""
@@ -59,20 +59,20 @@ def _hooked(
                     own[name] = value
 
 
-def _raw(module: Any) -> Any:
+def raw(module: Any) -> Any:
     """The module inside torch.compile's."""
     return getattr(module, "_orig_mod", module)
 
 
-def _blocks(model: Any) -> list[nn.Module]:
-    return [_raw(block) for block in _raw(model.diffusion_model).blocks]
+def raw_blocks(model: Any) -> list[nn.Module]:
+    return [raw(block) for block in raw(model.diffusion_model).blocks]
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
-def _check_model(model: ModelPatcher, width: int, num_blocks: int | None, what: str) -> Any:
+def check_model(model: ModelPatcher, width: int, num_blocks: int | None, what: str) -> Any:
     """The Wan transformer in a MODEL.
 
     Raises:
@@ -80,7 +80,7 @@ def _check_model(model: ModelPatcher, width: int, num_blocks: int | None, what: 
         WeightsError: if `what` belongs to another size of it.
     """
     base, native = model.model, comfy.ldm.wan.model
-    transformer = _raw(base.diffusion_model)
+    transformer = raw(base.diffusion_model)
     if not isinstance(base, comfy.model_base.WAN21) or type(transformer) is not native.WanModel:
         raise UnsupportedHostError(
             f"this MODEL is {type(base).__name__} ({type(transformer).__name__}); StyleMaster "
@@ -110,11 +110,11 @@ def patch_style(model: ModelPatcher, adapter: StyleAttention) -> ModelPatcher:
     Raises:
         UnsupportedHostError, WeightsError: if the model cannot take this adapter's styles.
     """
-    _check_model(model, adapter.width, len(adapter.blocks), "this style adapter")
-    return _with_wrapper(model, WrappersMP.APPLY_MODEL, STYLE_KEY, _apply_with_style)
+    check_model(model, adapter.width, len(adapter.blocks), "this style adapter")
+    return with_wrapper(model, WrappersMP.APPLY_MODEL, STYLE_KEY, _apply_with_style)
 
 
-def _with_wrapper(
+def with_wrapper(
     model: ModelPatcher, kind: str, key: str, wrapper: Callable[..., Any]
 ) -> ModelPatcher:
     clone = model.clone()
@@ -139,23 +139,23 @@ def _apply_with_style(
     hooks = []
     if rows is not None:
         model = executor.class_obj
-        blocks = _blocks(model)
+        blocks = raw_blocks(model)
         made_for = rows[0][0].num_blocks
         if made_for != len(blocks):
             raise WeightsError(
                 f"this conditioning's style is made for {made_for} blocks, the MODEL has "
                 f"{len(blocks)}; use the model that the style was applied to"
             )
-        patch = _raw(model.diffusion_model).patch_size
+        patch = raw(model.diffusion_model).patch_size
         size = tuple(-(-n // p) for n, p in zip(x.shape[2:], patch, strict=True))
         grid = TokenGrid(size, options.get("context_window"))
         like = x.new_empty(0, dtype=_compute_dtype(model))
         styles = block_styles(rows, grid, model.model_sampling, float(t.max()), like)
         hooks = [
-            (_raw(block.cross_attn), _styled_cross_attention, {"stylemaster_style": style})
+            (raw(block.cross_attn), _styled_cross_attention, {"stylemaster_style": style})
             for block, style in zip(blocks, styles, strict=True)
         ]
-    with _hooked(hooks):
+    with hooked(hooks):
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -212,7 +212,7 @@ def patch_control(
         )
     net = net_patcher.model
     width = net.zero_convs[0].weight.shape[0]
-    transformer = _check_model(model, width, None, "this gray-tile ControlNet")
+    transformer = check_model(model, width, None, "this gray-tile ControlNet")
     if len(net.control_blocks) > len(transformer.blocks):
         raise WeightsError(
             f"this gray-tile ControlNet has {len(net.control_blocks)} blocks, more than the "
@@ -237,10 +237,10 @@ def patch_control(
         if rows is not None and active:
             hooks = _control_hooks(base, rows, x, t, strength, options.get("context_window"))
             comfy.model_management.throw_exception_if_processing_interrupted()
-        with _hooked(hooks):
+        with hooked(hooks):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
-    clone = _with_wrapper(model, WrappersMP.APPLY_MODEL, CONTROL_KEY, apply_with_control)
+    clone = with_wrapper(model, WrappersMP.APPLY_MODEL, CONTROL_KEY, apply_with_control)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, CONTROL_KEY, _reserve_memory)
     clone.set_additional_models(CONTROL_KEY, [net_patcher])
     return clone
@@ -273,7 +273,7 @@ def _control_hooks(
         text.to(dtype),
         dtype=dtype,
     )
-    blocks = _blocks(model)
+    blocks = raw_blocks(model)
     stride = math.ceil(len(blocks) / len(states))
     index = None if len(samples) == 1 else torch.tensor(numbers, device=x.device)
     return [

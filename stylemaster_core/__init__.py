@@ -1,7 +1,7 @@
 """StyleMaster (arXiv 2412.07744): reference-style video generation and restyling on Wan 2.1.
 
-The names below are the public API. They load on first use, because importing this package must stay cheap inside
-ComfyUI, which imports it at start-up.
+The names below are the public API. They load on first use, because importing this package must
+stay cheap inside ComfyUI, which imports it at start-up.
 """
 
 from __future__ import annotations

@@ -21,13 +21,14 @@ CASES = ["t2v", "v2v", "v2v_window", "cfg1", "style0", "img2img"]
 def models(golden):
     weights = golden("weights_dit_a").tensors
     zero_convs = golden("03_controlnet_a").group("weights.")
-    projector = load_style_projector(golden("weights_dit_a").group("style_model."), num_heads=4)
+    style_weights = golden("weights_dit_a").group("style_model.")
+    projector = load_style_projector(style_weights, num_heads=4)
     control = load_gray_tile_controlnet(copy_from_transformer(weights) | zero_convs)
     return load_transformer(weights), control, projector
 
 
 def run(golden, models, name, **overrides):
-    """Run a case of the released pipeline; returns final latents and the latents after each step."""
+    """Run a case of the released pipeline; final latents, and the latents after each step."""
     case = golden("04_guidance")
     info = case.meta["cases"][name]
     net, control, projector = models

@@ -116,7 +116,7 @@ def test_strength_zero_is_the_base_model(golden, models):
 
 
 def test_regions(golden, models):
-    """A full mask is no mask; an empty mask is "no style"; each region acts in its own place first."""
+    """A full mask is no mask, an empty one "no style"; each region acts in its own place first."""
     net, _ = models
     case = golden("02_dit_a")
     arguments = case["in.latents"].double(), case["in.timestep.0"], case["in.context"].double()

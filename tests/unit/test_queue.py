@@ -391,8 +391,14 @@ def test_a_job_is_tried_again_on_another_server(fakes, batch):
 
 
 def test_all_servers_gone(fakes, batch, capsys):
-    fake = fakes(job_s=0.1)
-    threading.Timer(0.15, fake.die).start()
+    fake = fakes(job_s=0.5)
+
+    def die_after_the_first_result():
+        while not batch.out.exists() or not results(batch):
+            time.sleep(0.01)
+        fake.die()
+
+    threading.Thread(target=die_after_the_first_result, daemon=True).start()
     assert batch(fake, options=["--give-up", "0.1"]) == 1
     assert "no server is left" in capsys.readouterr().out
     assert results(batch) == expected("a")

@@ -131,7 +131,7 @@ def foreign_patches() -> None:
     for other, k, v in zip(others, kv.keys[[0, 2]], kv.values[[0, 2]], strict=True):
         style = core.BlockStyle((k,), (v,), (), None)
         hooks.append((other, patches._styled_cross_attention, {"stylemaster_style": style}))
-    with patches._hooked(hooks):
+    with patches.hooked(hooks):
         module.__class__, kept = Doubled, module.__class__
         try:
             written_out = at_once(plain, positive)
