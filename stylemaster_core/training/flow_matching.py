@@ -99,7 +99,7 @@ class FlowMatchTrainer(Trainer):
         transformer: Any,
         draws: FlowDraws,
         *,
-        null_text: Tensor | None,
+        null_text: Tensor | None = None,
         provenance: Mapping[str, str] | None = None,
     ) -> None:
         """Set up.

@@ -52,7 +52,7 @@ class SyntheticWorld:
         self.texts = draw("texts", NUM_TEXTS, text_length, text_width)
         self.null_text = draw("null text", 1, text_width)
         self.colours = draw("colours", NUM_TEXTS, 16)
-        self.to_latents = draw("to latents", NUM_STYLES, 16) * NUM_STYLES**-0.5
+        self.to_latents = draw("to latents", NUM_STYLES, 16) * 1.5 * NUM_STYLES**-0.5
         self.to_patches = draw("to patches", NUM_STYLES, patch_width) * NUM_STYLES**-0.5
         self.to_embeds = draw("to embeds", NUM_STYLES, embed_width) * NUM_STYLES**-0.5
         self.content_to_embeds = draw("content", NUM_STYLES, embed_width) * NUM_STYLES**-0.5
@@ -104,4 +104,4 @@ class SyntheticWorld:
         time = torch.zeros(t) if still else torch.arange(t, dtype=torch.float32)
         y = (torch.arange(h)[None] - start[0] - time[:, None] * speed[0]) * (2 * torch.pi / h)
         x = (torch.arange(w)[None] - start[1] - time[:, None] * speed[1]) * (2 * torch.pi / w)
-        return (1.5 * (y.cos()[:, :, None] + x.cos()[:, None, :] - 1))[None]
+        return (y.cos()[:, :, None] + x.cos()[:, None, :])[None]

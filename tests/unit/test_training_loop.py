@@ -72,7 +72,7 @@ def comparable(folder):
     return [{k: v for k, v in line.items() if k not in timing} for line in read_stats(folder)]
 
 
-# ---- which samples a step sees --------------------------------------------------------------------
+# ---- which samples a step sees ----
 
 
 def test_an_epoch_shows_every_sample_in_batches_of_one_size():
@@ -120,7 +120,7 @@ def test_what_is_drawn_depends_on_seed_step_and_row_alone():
     assert len(levels) == 4, "timesteps are drawn per sample"
 
 
-# ---- resuming -------------------------------------------------------------------------------------
+# ---- resuming ----
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
@@ -250,7 +250,7 @@ def fresh_accelerator():
     AcceleratorState._reset_state(True)
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------
+# ---- checkpoints ----
 
 
 def test_a_checkpoint_folder_is_whole_and_says_what_it_is(tmp_path):
@@ -341,7 +341,7 @@ def test_sigterm_ends_with_a_checkpoint(tmp_path):
     assert (tmp_path / "style_adapter.safetensors").is_file()
 
 
-# ---- processes ------------------------------------------------------------------------------------
+# ---- processes ----
 
 WORKER = """
 import sys
@@ -382,7 +382,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     assert max((ours[k] - theirs[k]).abs().max() for k in theirs) < 1e-4
 
 
-# ---- optimiser ------------------------------------------------------------------------------------
+# ---- optimiser ----
 
 
 def test_learning_rates():
@@ -405,7 +405,7 @@ def test_eight_bits_without_bitsandbytes_is_a_clear_error():
         pytest.skip("bitsandbytes is installed")
 
 
-# ---- errors ---------------------------------------------------------------------------------------
+# ---- errors ----
 
 
 def changed(index, **tensors):
