@@ -102,6 +102,18 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
 
+    def require(self, *names: str) -> None:
+        """Check that every sample holds these tensors.
+
+        Raises:
+            ConfigError: if not.
+        """
+        if missing := [name for name in names if name not in self.shapes]:
+            raise ConfigError(
+                f"the cache {self.path} holds {', '.join(self.shapes)}, and no "
+                f"{', '.join(missing)}; encode again (control_latents: with --tile)"
+            )
+
     def check_encoders(self, files: Mapping[str, Path]) -> None:
         """Check that the cache was made with these models.
 

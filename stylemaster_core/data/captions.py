@@ -16,7 +16,7 @@ _KIND = (
     "|picture|digital art)"
 )
 _WORDS = r"(?:a )?(?:\w+ )*"
-_LEADING = re.compile(rf"^(?:{_WORDS}{_KIND} of )+")
+_LEADING = re.compile(rf"^{_WORDS}{_KIND} of ")
 _ANYWHERE = re.compile(rf"in {_WORDS}{_KIND} ?")
 _DASHED = re.compile(r"^(?:painting|photograph|digital art|black and white photograph) - ")
 

@@ -223,6 +223,9 @@ def test_written_and_read(counted, tmp_path):
     assert len(data) == 10 and data.ids == [f"s{i}" for i in range(10)]
     assert data.hashes == {"vae": "aa", "text_encoder": "bb"}
     assert data.shapes == {"latents": (16, 1, 2, 4), "text": (None, 8)}
+    data.require("latents", "text")
+    with pytest.raises(ConfigError, match="no control_latents.*--tile"):
+        data.require("latents", "control_latents")
     for i in (9, 0, 5):
         for key, value in counted.encode(i, i).items():
             assert torch.equal(data[i][key], value)
@@ -269,7 +272,9 @@ def test_resumes_after_a_kill(counted, tmp_path):
         write_cache(tmp_path, plan_of(counted, encode=encode))
     assert not list(tmp_path.glob("*.tmp")) and not shard_path(tmp_path, 1).exists()
     with (tmp_path / "shards.jsonl").open("a") as stream:
-        stream.write('{"shard": 1, "fing')
+        # Of a process with other samples that had not noticed yet.
+        stale = {"shard": 2, "fingerprint": "old", "samples": [], "bad": []}
+        stream.write(json.dumps(stale) + '\n{"shard": 1, "fing')
     report = write_cache(tmp_path, plan_of(counted))
     assert report.encoded == 6 and report.skipped == 4 and report.complete
     assert [counted.calls[i] for i in range(10)] == [1] * 4 + [2] * 2 + [1] * 4

@@ -177,6 +177,20 @@ def test_guidance_and_second_stage(diffusion):
     )
 
 
+def test_noise_is_guided_and_variance_dropped(diffusion):
+    model, seen, embeds = (
+        diffusion.base.unet,
+        torch.randn(2, 3, SIZE, SIZE),
+        torch.randn(4, 4, TEXT),
+    )
+    with torch.no_grad():
+        made = diffusion._predict(model, seen, torch.tensor(500), embeds)
+        uncond, cond = (
+            model(seen, 500, encoder_hidden_states=part).sample[:, :3] for part in embeds.chunk(2)
+        )
+    assert torch.allclose(made, uncond + 4 * (cond - uncond), atol=1e-4)
+
+
 def make_some(folder, diffusion, num, process=(0, 1), score=None, min_score=0.0, **settings):
     def make(index):
         plan = plan_pair(index, seed=0, views=PAINTED_VIEWS, pixel_grid=SIZE)
