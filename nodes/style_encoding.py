@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
@@ -91,9 +92,11 @@ def select_textures(
     similarity = None
     if mode == "paper" and clip_prompt is not None:
         similarity = joint_similarity(features, clip_prompt)
-    own = adapter.projector.contrastive is not None
+    # Kept as stored and widened for this one use: the socket outlives it, float32 would double it.
+    projector = copy.deepcopy(adapter.projector).float()
+    own = projector.contrastive is not None
     with torch.no_grad():
-        result = adapter.projector(
+        result = projector(
             features.patches,
             features.image_embeds if own else features.shuffled_embeds,
             prompt[0][0].float().cpu(),

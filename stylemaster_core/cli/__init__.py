@@ -10,7 +10,16 @@ from collections.abc import Sequence
 
 from ..errors import StyleMasterError
 
-SUBCOMMANDS = ("stylize", "encode_style", "inspect_style", "weights", "queue", "info", "demo")
+SUBCOMMANDS = (
+    "stylize",
+    "encode_style",
+    "inspect_style",
+    "weights",
+    "queue",
+    "data",
+    "info",
+    "demo",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--prompt", default="", help="of the generation; the selection ranks by it")
     add_texture_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument("--json", action="store_true", help="result as one line of JSON")
     add_model_options(parser)
 
 
@@ -42,9 +44,13 @@ def run(args: argparse.Namespace) -> int:
         image, encoded.similarity[0], encoded.kept[0], encoded.shuffled, crop=config.crop
     )
     write_image(args.output, picture, overwrite=args.overwrite)
-    kept = int(encoded.kept.sum())
+    kept, patches = int(encoded.kept.sum()), encoded.kept.numel()
+    if args.json:
+        report = {"output": str(args.output), "kept": kept, "patches": patches}
+        sys.stdout.write(json.dumps(report) + "\n")
+        return 0
     sys.stdout.write(
-        f"wrote {args.output}: {kept} of {encoded.kept.numel()} patches kept; from left: what CLIP "
-        "sees, similarity to the prompt (bright: similar), kept patches lit, shuffled picture\n"
+        f"wrote {args.output}: {kept} of {patches} patches kept; from left: what CLIP sees, "
+        "similarity to the prompt (bright: similar), kept patches lit, shuffled picture\n"
     )
     return 0

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..models.text_encoder import TextEncoder
     from ..models.vae import WanVAE
     from ..models.wan_transformer import StyledWanTransformer
+    from ..weights.files import StateDictFile
 
 logger = logging.getLogger("stylemaster")
 
@@ -230,20 +231,18 @@ class Models:
         path = self.files.need("controlnet", "Gray-tile control")
 
         def load() -> GrayTileControlNet:
-            weights = _read(path, {"gray_tile_controlnet"}, "a gray-tile ControlNet")
-            return load_gray_tile_controlnet(self._cast(weights)).to(self.device)
+            file = _read(path, {"gray_tile_controlnet"}, "a gray-tile ControlNet")
+            return load_gray_tile_controlnet(self._cast(file.tensors)).to(self.device)
 
         with self._borrow("controlnet", load) as model:
             yield model
 
     def _load_projector(self) -> StyleProjector:
         from ..models.style_projector import load_style_projector
-        from ..weights.files import read_state_dict
         from ..weights.state_dict import strip_prefix
 
         path = self.files.adapter or self.files.need("transformer", "A style")
-        weights = _read(path, {"stylemaster", "style_adapter"}, "a StyleMaster adapter")
-        metadata = read_state_dict(path).metadata if path.is_file() else {}
+        weights, metadata = _read(path, {"stylemaster", "style_adapter"}, "a StyleMaster adapter")
         prefix = "style_model."
         style = {
             key.removeprefix(prefix): value.float()
@@ -260,9 +259,10 @@ class Models:
 
         path = self.files.need("transformer", "Every task")
         kinds = {"stylemaster", "wan_native", "wan_diffusers"}
-        weights = strip_prefix(_read(path, kinds, "a Wan 2.1 text-to-video transformer"))
+        weights = strip_prefix(_read(path, kinds, "a Wan 2.1 text-to-video transformer").tensors)
         if self.files.adapter is not None:
-            adapter = _read(self.files.adapter, {"style_adapter", "stylemaster"}, "an adapter")
+            kinds = {"style_adapter", "stylemaster"}
+            adapter = _read(self.files.adapter, kinds, "a StyleMaster adapter").tensors
             weights = {k: v for k, v in weights.items() if "_img." not in k}
             weights |= {k: v for k, v in strip_prefix(adapter).items() if "_img." in k}
         if any("_img." in key for key in weights):
@@ -281,7 +281,9 @@ class Models:
         else:
             cast(torch.nn.Module, model).to(self.device)
         if self.files.motion_adapter is not None:
-            motion = _read(self.files.motion_adapter, {"motion_adapter"}, "a motion adapter")
+            motion = _read(
+                self.files.motion_adapter, {"motion_adapter"}, "a motion adapter"
+            ).tensors
             model.motion_adapter = load_motion_adapter(self._cast(motion)).to(self.device)
         if self.compile_blocks:
             model.compile_repeated_blocks(fullgraph=True)
@@ -291,9 +293,9 @@ class Models:
         return {key: value.to(self.dtype) for key, value in weights.items()}
 
 
-def _read(path: Path, kinds: set[str], wanted: str) -> dict[str, Tensor]:
-    """State dict of a file, or of all safetensors of a folder, of one of the given kinds."""
-    from ..weights.files import read_state_dict
+def _read(path: Path, kinds: set[str], wanted: str) -> StateDictFile:
+    """A file, or all safetensors of a folder, of one of the given kinds."""
+    from ..weights.files import StateDictFile, read_state_dict
     from ..weights.state_dict import describe_kind, detect_kind, shapes_of, strip_prefix
 
     path = Path(path)
@@ -308,9 +310,12 @@ def _read(path: Path, kinds: set[str], wanted: str) -> dict[str, Tensor]:
     else:
         files = [path]
     weights: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     for file in files:
-        weights |= read_state_dict(file).tensors
+        part = read_state_dict(file)
+        weights |= part.tensors
+        metadata |= part.metadata
     kind = detect_kind(shapes_of(strip_prefix(weights)))
     if kind not in kinds:
         raise WeightsError(f"{path} is {describe_kind(kind)}; expected {wanted}")
-    return weights
+    return StateDictFile(weights, metadata)
