@@ -180,7 +180,7 @@ class FlowMatchTrainer(Trainer):
                 f"the features of the empty prompt are {null.shape[1]} wide, those of a caption "
                 f"{width}; make them with the same text encoder"
             )
-        if shapes.get("control_latents", latents) != latents:
+        if "control_latents" in self.draws.keys and shapes["control_latents"] != latents:
             raise LayoutError(
                 f"control latents are {list(shapes['control_latents'])}, the latents "
                 f"{list(latents)}; make the gray tile at the size of the clip"
