@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutError
-from ..sampling.denoise import denoise
+from ..sampling.denoise import Callback, denoise
 from ..sampling.schedules import TIMESTEPS, add_noise, flow_match_sigmas
 from .config import TrainConfig
 from .gradient_checkpointing import checkpoint_transformer
@@ -191,7 +191,7 @@ class FlowMatchTrainer(Trainer):
         return {}
 
     @torch.no_grad()
-    def sample(self, dataset: TrainingData, index: int) -> Tensor:
+    def sample(self, dataset: TrainingData, index: int, callback: Callback | None = None) -> Tensor:
         """Generate under the conditions of a sample, from noise that is always the same."""
         device = self.sigmas.device
         sample = {k: v[None].to(device) for k, v in self.flow_draws.read(dataset[index]).items()}
@@ -208,6 +208,7 @@ class FlowMatchTrainer(Trainer):
             negative_text=negative,
             text_scale=run.sample_text_scale,
             style_scale=run.sample_style_scale,
+            callback=callback,
             **{"style": None, **self.conditions(sample)},
         )
 

@@ -50,6 +50,10 @@ class NonFiniteError(StyleMasterError):
     """The loss or the gradient is NaN or infinite."""
 
 
+class _StopSampling(Exception):  # noqa: N818
+    """Ends a sample generation because the run was asked to stop."""
+
+
 class TrainResult(NamedTuple):
     """How a run ended."""
 
@@ -111,9 +115,11 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     check_disk(out, disk_bytes(trainer))
     with StopRequest(out) as stop:
-        loop = _Loop(trainer, data, validation, out, cpu=cpu, decode=decode, progress=progress)
+        loop = _Loop(
+            trainer, data, validation, out, stop, cpu=cpu, decode=decode, progress=progress
+        )
         try:
-            return loop.run(stop, resume=resume)
+            return loop.run(resume=resume)
         finally:
             loop.close()
 
@@ -125,6 +131,7 @@ class _Loop:
         data: TrainingData,
         validation: TrainingData | None,
         out: Path,
+        stop: StopRequest,
         *,
         cpu: bool,
         decode: Decode | None,
@@ -161,7 +168,7 @@ class _Loop:
                 "fsdp_version: 2, DeepSpeed ZeRO 1 or 2, or plain data parallelism"
             )
         self.trainer, self.data, self.validation = trainer, data, validation
-        self.out, self.decode = out, decode
+        self.out, self.stop, self.decode = out, stop, decode
         created = create_optimizer(trainer.trained().values(), optimizer)
         self.model, self.optimizer = self.accelerator.prepare(trainer, created)
         self.parameters = trainer.trained()
@@ -179,7 +186,7 @@ class _Loop:
             self.stats.close()
         self.accelerator.end_training()
 
-    def run(self, stop: StopRequest, *, resume: bool) -> TrainResult:
+    def run(self, *, resume: bool) -> TrainResult:
         from tqdm import tqdm
 
         run = self.config.run
@@ -189,23 +196,26 @@ class _Loop:
         self._say(start)
         if start == 0:
             self._validate(0)
-        step, stopped = start, False
+        step, saved, stopped = start, start if start else -1, False
         bar = tqdm(total=run.num_steps, initial=start, disable=not self.progress, unit="step")
         with bar:
             batches = self._batches(plan, start)
-            for step in range(start + 1, run.num_steps + 1):
-                bar.set_postfix(loss=f"{self._step(step, batches):.4f}")
-                bar.update()
-                stopped = self._anyone(stop.asked) and step < run.num_steps
-                if not stopped:
+            while step < run.num_steps and not stopped:
+                loss = self._step(step + 1, batches)
+                stopped = loss is None
+                if loss is not None:
+                    step += 1
+                    bar.set_postfix(loss=f"{loss:.4f}")
+                    bar.update()
+                    if step % run.save_every == 0:
+                        self._save(step)
+                        saved = step
                     if run.validate_every and step % run.validate_every == 0:
                         self._validate(step)
                     if run.sample_every and step % run.sample_every == 0:
                         self._sample(step)
-                if stopped or step % run.save_every == 0 or step == run.num_steps:
-                    self._save(step)
-                if stopped:
-                    break
+        if saved != step:
+            self._save(step)
         if stopped and self.is_main:
             logger.info("stopped as asked after step %d; --resume goes on from there", step)
         return TrainResult(step, not stopped, self._write_files())
@@ -229,8 +239,12 @@ class _Loop:
         )
         return iter(loader)
 
-    def _step(self, step: int, batches: Iterator[Batch]) -> float:
-        """One optimiser step; `step` counts from 1. Returns the loss of all its samples."""
+    def _step(self, step: int, batches: Iterator[Batch]) -> float | None:
+        """One optimiser step; `step` counts from 1.
+
+        Returns:
+            The loss of all its samples; None if it was asked to stop, and then nothing has changed.
+        """
         config, began = self.config, time.perf_counter()
         rate = learning_rate(config.optimizer, step - 1, config.run.num_steps)
         for group in self.optimizer.param_groups:
@@ -238,6 +252,9 @@ class _Loop:
         names, losses = [], []
         norm: Any = None
         for _ in range(config.run.accumulation):
+            if self._stopping():
+                self.optimizer.zero_grad()
+                return None
             batch = next(batches)
             with self.accelerator.accumulate(self.model):
                 loss = self._losses(batch, step)
@@ -306,10 +323,14 @@ class _Loop:
         with self._averaged():
             # Every process makes as many passes; one without a sample left repeats the last.
             for index in range(process, math.ceil(len(self.validation) / count) * count, count):
+                if self.stop.asked:
+                    break
                 losses = self._validation_losses(min(index, len(self.validation) - 1))
                 if index < len(self.validation):
                     total += torch.stack([losses.sum(), losses.new_tensor(float(len(losses)))])
             metrics = self.trainer.metrics(self.validation)
+        if self._stopping():
+            return
         total = self.accelerator.reduce(total, "sum")
         loss = (total[0] / total[1]).item()  # type: ignore[index]
         self._write(step, {"validation_loss": loss} | metrics)
@@ -332,7 +353,10 @@ class _Loop:
 
         if self.is_main and self.decode is not None and self.validation is not None:
             with self._averaged(), self.accelerator.autocast():
-                latents = self.trainer.sample(self.validation, 0)
+                try:
+                    latents = self.trainer.sample(self.validation, 0, self._check_stop)
+                except _StopSampling:
+                    latents = None
             if latents is not None:
                 frames = self.decode(latents.float())
                 chosen = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round()
@@ -420,11 +444,15 @@ class _Loop:
         if self.stats is not None:
             self.stats.write(step, values)
 
-    def _anyone(self, asked: bool) -> bool:
-        """Whether any process was asked: all must stop at the same step."""
+    def _check_stop(self, progress: object) -> None:
+        if self.stop.asked:
+            raise _StopSampling
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop: all must do so at the same pass."""
         if self.accelerator.num_processes == 1:
-            return asked
-        flag = torch.tensor(float(asked), device=self.accelerator.device)
+            return self.stop.asked
+        flag = torch.tensor(float(self.stop.asked), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum").item())  # type: ignore[union-attr]
 
     def _peak_memory(self) -> float | None:

@@ -13,8 +13,9 @@ STOP_FILE = "stop"
 class StopRequest:
     """While open, SIGINT and SIGTERM, or a file `stop` in the run's folder, ask for a stop.
 
-    The step under way is finished and a checkpoint written; a second signal ends the process at
-    once, which loses the steps since the last checkpoint.
+    The pass under way is finished, the step it belongs to forgotten, and a checkpoint of the steps
+    before it written. A second signal ends the process at once, which loses the steps since the
+    last checkpoint.
     """
 
     def __init__(self, out: Path) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..sampling.denoise import Callback
 from .config import TrainConfig, TrainerName, config_to_dict
 from .samples import Draws, TrainingData
 
@@ -49,8 +50,16 @@ class Trainer(nn.Module, ABC):
         """More numbers about held-out samples than their loss."""
         return {}
 
-    def sample(self, dataset: TrainingData, index: int) -> Tensor | None:
-        """Latents [1, 16, t, h, w] generated under the conditions of a sample, or None."""
+    def sample(
+        self, dataset: TrainingData, index: int, callback: Callback | None = None
+    ) -> Tensor | None:
+        """Latents [1, 16, t, h, w] generated under the conditions of a sample, or None.
+
+        Args:
+            dataset: where the sample is.
+            index: which sample.
+            callback: called after each step; an exception from it ends the generation.
+        """
         return None
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -234,6 +234,13 @@ def test_base_model(tmp_path):
     torch.testing.assert_close(net(*inputs()), trainer.transformer(*inputs()))
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_the_trained_file_has_the_dtype_that_was_asked_for(name):
+    config = dataclasses.replace(CONFIG, run=RunConfig(output_dtype=name))
+    (file,) = create_motion_trainer(config, base_weights(), num_heads=2).outputs()
+    assert {value.dtype for value in file.tensors.values()} == {getattr(torch, name)}
+
+
 def test_global_projection_goes_on_into_the_style_stage(tmp_path):
     projection = ProjectionConfig(hidden_width=12, train_tokens=True, global_tokens=3,
                                   token_width=10)  # fmt: skip

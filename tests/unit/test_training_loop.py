@@ -150,13 +150,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
 
 
 def _stop_after(trainer, step, folder):
-    """Ask for a stop, by the file, in the forward pass of a step."""
+    """Ask for a stop, by the file, in the middle of the step after this one."""
     plain, passes = trainer.forward, [0]
 
     def forward(batch):
         if torch.is_grad_enabled():
             passes[0] += 1
-            if passes[0] == step * trainer.config.run.accumulation:
+            if passes[0] == step * trainer.config.run.accumulation + 1:
                 (folder / "stop").touch()
         return plain(batch)
 
