@@ -22,6 +22,7 @@ from ..weights.state_dict import (
     strip_prefix,
 )
 from .base_model import create_base_trainer
+from .checks import check_hashes
 from .config import TrainConfig
 from .global_projection import create_projection_trainer
 from .gray_tile_controlnet import create_control_trainer
@@ -99,7 +100,7 @@ def create_trainer(
         raise WeightsError(f"the trainer {name!r} needs a base transformer; give it with --base")
     if len(data) == 0:
         raise ConfigError("the dataset is empty; add samples, or look at what was skipped and why")
-    provenance: dict[str, str] = {}
+    provenance = {f"data_{model}_sha256": value for model, value in data.hashes.items()}
     weights: dict[str, dict[str, Tensor] | None] = {}
     for key, path in given.items():
         weights[key] = None
@@ -110,6 +111,11 @@ def create_trainer(
                 provenance[f"{key}_sha256"] = _hash(path)
             if key == "adapter":
                 config = _with_heads(config, metadata)
+            check_hashes(
+                {k: v for k, v in metadata.items() if k.startswith("data_")},
+                provenance,
+                f"the data that {path.name} is to be trained on",
+            )
             _compare_base(provenance, metadata, path)
     features = {key: tuple(value.shape) for key, value in data[0].items()}
     with torch.device("meta" if meta else "cpu"):

@@ -329,10 +329,10 @@ def pairs(tmp_path_factory):
     return write(tmp_path_factory.mktemp("cache") / "pairs", "pairs", world.pairs(8).samples)
 
 
-def write(folder, kind, samples):
+def write(folder, kind, samples, vae="a" * 64):
     items = [(Entry(f"clip-{i}", "", str(i), str(i)), s) for i, s in enumerate(samples)]
     plan = CachePlan(kind, items, lambda item: item, lambda item, loaded: loaded,
-                     {"vae": "a" * 64, "text_encoder": "b" * 64}, {})  # fmt: skip
+                     {"vae": vae, "text_encoder": "b" * 64}, {})  # fmt: skip
     write_cache(folder, plan)
     return folder
 
@@ -372,6 +372,9 @@ def test_train_style_and_use_it(small, cache, tmp_path):
     stage_b = tmp_path / "b"
     arguments = ["style", config, "--data", cache, "--base", small.stylemaster, "--adapter", path,
                  "--out", stage_b, "--steps", 1, "--cpu", "--no-progress"]  # fmt: skip
+    other = write(tmp_path / "cache", "samples", [CachedDataset(cache)[0]] * 4, vae="c" * 64)
+    with pytest.raises(WeightsError, match="data_vae_sha256 cccccccccccc instead of aaaaaaaaaaaa"):
+        command(*arguments[:3], other, *arguments[4:])
     assert command(*arguments) == 0
     # Its learning rate is nearly 0 in the first step of the warm-up, so it is what it began as.
     before, after = (read_state_dict(p).tensors for p in (path, stage_b / path.name))
