@@ -1,0 +1,109 @@
+"""The web interface of a real server, driven in headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.comfy import browser, node_texts, server, shipped_workflows
+from tests.comfy.shipped_workflows import names, small
+
+pytest.importorskip("playwright", reason="the browser tests need `pip install playwright`")
+pytestmark = pytest.mark.skipif(
+    browser.find_chromium() is None, reason="no Chromium found: install it or set CHROMIUM_PATH"
+)
+
+
+@pytest.fixture(scope="module")
+def ui(comfy_server, comfy_models) -> Iterator[browser.Ui]:
+    shipped_workflows.write_models(comfy_models)
+    shipped_workflows.write_inputs(comfy_server.input_dir)
+    with browser.open_ui(comfy_server.url) as opened:
+        yield opened
+
+
+def get(ui: browser.Ui, path: str) -> Any:
+    with urllib.request.urlopen(ui.url + path, timeout=30) as response:
+        return json.load(response)
+
+
+def test_the_templates_are_listed_and_open(ui):
+    templates = get(ui, "/api/workflow_templates")
+    assert set(templates[server.PACK_NAME]) == set(names())
+    ui.command("Comfy.BrowseTemplates")
+    ui.page.get_by_role("dialog").get_by_text(server.PACK_NAME, exact=True).click()
+    for name in names():
+        ui.page.get_by_text(name, exact=True).first.wait_for(timeout=20_000)
+    ui.page.wait_for_function(
+        """count => [...document.querySelectorAll('img')]
+            .filter(image => image.naturalWidth === 560).length === count""",
+        arg=len(names()),
+    )
+    ui.page.get_by_text("saved_style", exact=True).first.click()
+    opened = "() => window.app.graph._nodes.some(node => node.type === 'StyleMasterLoadStyle')"
+    ui.page.wait_for_function(opened, timeout=20_000)
+    ui.page.wait_for_timeout(500)
+    assert "wan2.1_t2v_1.3B_fp16.safetensors" in ui.page.get_by_role("dialog").inner_text()
+    ui.page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_template_opens_without_missing_nodes(ui, name):
+    ui.load(get(ui, f"/api/workflow_templates/{server.PACK_NAME}/{name}.json"))
+    ui.page.keyboard.press("Escape")  # the list of models to download
+    assert ui.missing_nodes() == []
+    assert ui.alerts() == []
+    assert ui.errors == []
+    posted, shipped, info = ui.to_api(), shipped_workflows.load(name), get(ui, "/object_info")
+    for key, node in shipped.items():
+        posted[key]["inputs"].pop("video-preview", None)  # which Load Video shows
+        known = info[node["class_type"]]["input"]
+        known = {**known.get("required", {}), **known.get("optional", {})}
+        # Older versions lack an input of two stock nodes.
+        node["inputs"] = {k: value for k, value in node["inputs"].items() if k in known}
+    assert posted == shipped
+
+
+def test_a_workflow_runs_to_a_video(ui):
+    ui.load(small("text_to_video"))
+    ui.fit()
+    ui.queue()
+    result = ui.page.locator('video[src*="text_to_video"]').first
+    result.wait_for(state="attached", timeout=120_000)
+    ui.page.wait_for_function(
+        "() => [...document.querySelectorAll('video')].some(video => video.videoWidth > 0)",
+        timeout=30_000,
+    )
+    assert result.evaluate("video => [video.videoWidth, video.videoHeight]") == [
+        shipped_workflows.WIDTH,
+        shipped_workflows.HEIGHT,
+    ]
+    assert ui.errors == []
+
+
+@pytest.mark.parametrize("node", ["StyleMasterStyleEncoder", "StyleMasterApplyStyle"])
+def test_a_nodes_help_is_shown(ui, node):
+    ui.load(small("text_to_video"))
+    ui.fit()
+    ui.select(node)
+    ui.page.locator('[data-testid="info-button"]').first.click()
+    title = json.loads((node_texts.LOCALES / "en" / "nodeDefs.json").read_text())[node]
+    ui.page.get_by_role("heading", name=title["display_name"], exact=True).wait_for(timeout=20_000)
+    ui.page.wait_for_function(
+        """() => [...document.querySelectorAll('img[src*="images/"]')]
+            .some(image => image.complete && image.naturalWidth > 300)""",
+        timeout=20_000,
+    )
+
+
+def test_texts_are_those_of_the_nodes(ui):
+    served = get(ui, "/i18n")
+    described = node_texts.english_texts(get(ui, "/object_info"))
+    assert served["en"]["nodeDefs"].items() >= described.items()
+    assert served["zh"]["nodeDefs"].keys() >= described.keys()
+    written = json.loads((node_texts.LOCALES / "en" / "nodeDefs.json").read_text())
+    assert written == described, "run `python -m tests.comfy.node_texts`"
