@@ -341,7 +341,7 @@ PRESETS: dict[str, TrainConfig] = {
         dataclasses.replace(_BIG, num_steps=10_000, accumulation=4, checkpoint_blocks=1),
         OptimizerConfig(lr=2e-5, warmup_steps=200, ema_decay=0.999),
     ),
-    # Paper, sec. 3.3: about 300 iterations at batch 64 on still videos.
+    # Paper, sec. 3.3: about 300 iterations at batch 64 on still videos: that of 8 processes.
     "motion": TrainConfig(
         "motion",
         dataclasses.replace(

@@ -334,6 +334,8 @@ def test_sigterm_ends_with_a_checkpoint(tmp_path):
         assert time.monotonic() < deadline and child.poll() is None
         time.sleep(0.01)
     child.terminate()
+    time.sleep(0.005)
+    child.terminate()  # launchers pass on what the terminal has sent already
     assert child.wait(20) == 0
     child.stderr.close()
     latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
