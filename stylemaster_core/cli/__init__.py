@@ -17,6 +17,7 @@ SUBCOMMANDS = (
     "weights",
     "queue",
     "data",
+    "train",
     "info",
     "demo",
 )
