@@ -104,6 +104,8 @@ def _motion_weights(rank: int = 4) -> dict[str, torch.Tensor]:
 
 def write_inputs(input_dir: Path) -> None:
     """The pictures and clips that the workflows name, and others to put in their place."""
+    if (input_dir / "content.mp4").exists():
+        return
     from stylemaster_core.data.demo_scene import demo_clip, demo_styles
     from stylemaster_core.data.videos import write_video
 
