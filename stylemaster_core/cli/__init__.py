@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -48,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StyleMasterError as error:
         sys.stderr.write(f"stylemaster: {error}\n")
         return 2
+    except ImportError as error:
+        sys.stderr.write(
+            f"stylemaster: a library that `{args.command}` needs cannot be imported here: {error}; "
+            'install the command line with its libraries: pip install -e ".[cli]" (for `train`: '
+            '".[train]")\n'
+        )
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         sys.stderr.write("stylemaster: interrupted, nothing was written\n")
         return 130

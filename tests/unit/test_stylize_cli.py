@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -290,6 +292,20 @@ def test_task_without_its_models(inputs, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "--transformer" in message or "transformer" in message
     assert "stylemaster weights download" in message
+
+
+def test_missing_library_is_named(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    options = ("--size", "32x32", "--style", inputs / "style.png", "--model", "small-random")
+    assert run("stylize", tmp_path / "out.png", *options) == 2
+    message = capsys.readouterr().err
+    assert "transformers" in message and "[cli]" in message and "Traceback" not in message
+
+
+def test_reader_that_goes_away():
+    command = f"{sys.executable} -m stylemaster_core weights list | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
 
 
 def test_info(capsys):
