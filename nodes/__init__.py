@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apply_style, control, folders, latent, loaders, sampling, style
+from . import (
+    apply_style,
+    control,
+    dataset,
+    folders,
+    latent,
+    loaders,
+    sampling,
+    style,
+    training,
+)
 from .paths import register_folders
 
 
@@ -14,5 +24,15 @@ class StyleMasterExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Here and not in on_load, which ComfyUI 0.3.64 does not call.
         register_folders()
-        modules = (loaders, style, apply_style, control, latent, sampling, folders)
+        modules = (
+            loaders,
+            style,
+            apply_style,
+            control,
+            latent,
+            sampling,
+            folders,
+            dataset,
+            training,
+        )
         return [node for module in modules for node in module.NODES]

@@ -21,9 +21,12 @@ NODE_IDS = {
     "StyleMasterBlendStyles",
     "StyleMasterCompareStyles",
     "StyleMasterCrop",
+    "StyleMasterDataset",
+    "StyleMasterEncodeDataset",
     "StyleMasterFolderVideo",
     "StyleMasterGrayTileControl",
     "StyleMasterGuider",
+    "StyleMasterIllusionDataset",
     "StyleMasterLatent",
     "StyleMasterLoadStyle",
     "StyleMasterMotionAdapter",
@@ -31,6 +34,11 @@ NODE_IDS = {
     "StyleMasterSaveStyle",
     "StyleMasterStyleEncoder",
     "StyleMasterTextureSelector",
+    "StyleMasterTrainGlobalProjection",
+    "StyleMasterTrainGrayTileControl",
+    "StyleMasterTrainMotionAdapter",
+    "StyleMasterTrainStyle",
+    "StyleMasterTrainingMonitor",
 }
 FRAMES, WIDTH, HEIGHT = 7, 62, 46  # padded to 9, 64 and 48
 

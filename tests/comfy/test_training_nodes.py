@@ -1,0 +1,258 @@
+"""The training nodes in a real ComfyUI: pictures in, an adapter that the loader takes out.
+
+The child process needs diffusers and accelerate, which a ComfyUI often lacks, so it is started
+with the Python that runs the tests (STYLEMASTER_PYTHON).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.comfy import server, small_models
+from tests.comfy.test_nodes import node
+
+RUN = {
+    "file_name": "tried",
+    "run_name": "tried",
+    "steps": 3,
+    "batch_size": 1,
+    "accumulation": 1,
+    "learning_rate": 1e-3,
+    "seed": 0,
+    "save_every": 1000,
+    "sample_every": 0,
+    "resume": True,
+    "settings": "run.precision=float32\nrun.num_workers=0\nrun.validation_samples=1\n"
+    "optimizer.warmup_steps=0\nflow.text_length=8",
+}
+
+
+@pytest.fixture(scope="module")
+def comfy(comfy_checkout, comfy_models, tmp_path_factory):
+    """A server of its own, whose child processes are given a Python with the libraries."""
+    from stylemaster_core.data.demo_scene import demo_styles
+    from stylemaster_core.models.small import write_small_models
+
+    encoders = write_small_models(tmp_path_factory.mktemp("encoders"))
+    for folder in ("text_encoders", "clip_vision"):
+        (comfy_models / folder).mkdir(exist_ok=True)
+    words = {"kind": "hashed_words", "width": small_models.TEXT_WIDTH, "seed": 0}
+    (comfy_models / "text_encoders" / "words.json").write_text(json.dumps(words))
+    vision = comfy_models / "clip_vision" / "small"
+    if not vision.exists():
+        shutil.copytree(encoders.image_encoder, vision)
+    running = server.ComfyServer(
+        comfy_checkout, tmp_path_factory.mktemp("training") / "base", comfy_models
+    )
+    pictures = running.input_dir / "pictures"
+    pictures.mkdir()
+    for name, picture in demo_styles(64).items():
+        Image.fromarray(picture).save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text(f"a painting of {name}")
+    (running.base / "secret.png").write_bytes((pictures / "neon.png").read_bytes())
+    (running.input_dir / "bad.csv").write_text("file,caption\n../secret.png,a secret\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STYLEMASTER_PYTHON", sys.executable)
+        with running:
+            yield running
+
+
+def workflow(**changes: Any) -> dict[str, Any]:
+    """Still clips of pictures -> cache -> motion adapter -> monitor."""
+    return {
+        "data": node(
+            "StyleMasterDataset",
+            source="pictures",
+            still_frames=5,
+            caption="",
+            strip_style_words=True,
+        ),
+        "cache": node(
+            "StyleMasterEncodeDataset",
+            dataset="@data",
+            name="stills",
+            vae_name=small_models.VAE_FILE,
+            text_encoder_name="words.json",
+            clip_vision_name="small",
+            width=32,
+            height=32,
+            num_frames=5,
+            fps=0.0,
+            short_videos="reject",
+            gray_tile=False,
+        ),
+        "train": node(
+            "StyleMasterTrainMotionAdapter",
+            cache="@cache",
+            base_model=small_models.TRANSFORMER_FILE,
+            motion_adapter="new",
+            rank=2,
+            **{**RUN, **changes},
+        ),
+        "monitor": node("StyleMasterTrainingMonitor", run_name="@train:1"),
+        "sampled": node("PreviewImage", images="@monitor:1"),
+    }
+
+
+def run(comfy: server.ComfyServer, graph: dict[str, Any], **options: Any) -> server.Result:
+    result = comfy.run_prompt(graph, **options)
+    assert result.status == "success", result.error
+    return result
+
+
+def refusal(comfy: server.ComfyServer, graph: dict[str, Any]) -> str:
+    result = comfy.run_prompt(graph)
+    assert result.status == "error" and result.error is not None
+    return result.error["exception_message"]
+
+
+def test_interrupt_resume_and_use(comfy, comfy_models):
+    steps: list[int] = []
+    stopped = {"at": 0.0}
+
+    def interrupt_while_training(kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress" and data.get("node") == "train":
+            steps.append(data["value"])
+            if data["value"] >= 2 and not stopped["at"]:
+                stopped["at"] = time.monotonic()
+                comfy.interrupt()
+
+    result = comfy.run_prompt(workflow(steps=100_000), on_event=interrupt_while_training)
+    assert result.status == "interrupted" and time.monotonic() - stopped["at"] < 10
+    assert result.previews > 0  # loss curves
+    folder = comfy.output_dir / "stylemaster" / "runs" / "tried"
+    latest = (folder / "checkpoints" / "latest").read_text().strip()
+    done = int(latest.removeprefix("step-"))
+    assert steps == sorted(steps) and done >= steps[-1] >= 2 and not (folder / "stop").exists()
+    target = comfy_models / "loras" / "tried.safetensors"
+    assert not target.exists()
+
+    # A sample picture makes the monitor's second output run.
+    result = run(comfy, workflow(steps=done + 2, sample_every=done + 2))
+    lines = (folder / "stats.jsonl").read_text().splitlines()
+    found = [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)]
+    assert found == list(range(1, done + 3))
+    assert target.read_bytes() == (folder / "motion_adapter.safetensors").read_bytes()
+    assert result.node_seconds.keys() == {"train", "monitor", "sampled"}, "the cache is kept"
+    curve = picture(comfy, result.outputs["train"])
+    assert curve.shape == (360, 640, 3) and len(np.unique(curve.reshape(-1, 3), axis=0)) > 4
+    assert result.outputs["sampled"]["images"]
+
+    use = {
+        "model": node(
+            "UNETLoader", unet_name=small_models.TRANSFORMER_FILE, weight_dtype="default"
+        ),
+        "motion": node(
+            "StyleMasterMotionAdapter",
+            model="@model",
+            adapter_name="tried.safetensors",
+            motion_scale=-1.0,
+            start=0.0,
+            end=1.0,
+        ),
+        "clip": node("StubTextEncoderLoader"),
+        "prompt": node("CLIPTextEncode", clip="@clip", text="a cat"),
+        "latent": node("StyleMasterLatent", num_frames=5, width=32, height=32),
+        "with": sampler("@motion"),
+        "without": sampler("@model"),
+        "compare": node("StubCompare", a="@with", b="@without"),
+    }
+    result = run(comfy, use)
+    assert result.outputs["compare"]["max_difference"][0] > 1e-6
+
+    before = target.read_bytes()
+    assert "exists and is not overwritten" in refusal(comfy, workflow(run_name="other"))
+    assert target.read_bytes() == before
+
+
+def sampler(model: str) -> dict[str, Any]:
+    return node(
+        "KSampler",
+        model=model,
+        positive="@prompt",
+        negative="@prompt",
+        latent_image="@latent",
+        seed=0,
+        steps=2,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+
+
+def picture(comfy: server.ComfyServer, outputs: dict[str, Any]) -> np.ndarray:
+    import io
+
+    return np.array(Image.open(io.BytesIO(comfy.view(outputs["images"][0]))))
+
+
+@pytest.mark.parametrize(
+    ("key", "inputs", "said"),
+    [
+        ("data", {"source": "bad.csv", "still_frames": 0}, "secret.png is not in"),
+        ("cache", {"name": "../../stolen"}, "climbs up"),
+        ("train", {"run_name": "/tmp/run"}, "absolute"),
+        ("train", {"file_name": "../tried"}, "climbs up"),
+        ("train", {"file_name": "styles/../../x"}, "climbs up"),
+    ],
+)
+def test_paths_that_lead_out_are_refused(comfy, key, inputs, said):
+    graph = workflow(run_name="refused", file_name="refused")
+    graph[key]["inputs"] |= inputs
+    message = refusal(comfy, graph)
+    assert said in message
+    assert not (comfy.base / "stolen").exists()
+
+
+def test_the_commands_own_words_reach_the_user(comfy):
+    graph = workflow(run_name="wrong", file_name="wrong", settings="optimizer.lrate=1")
+    assert "there is no field 'optimizer.lrate'" in refusal(comfy, graph)
+
+
+def test_pairs_of_given_pictures(comfy):
+    graph = {
+        "pairs": node(
+            "StyleMasterIllusionDataset",
+            pictures="pictures",
+            name="pairs",
+            num_pairs=4,
+            size=32,
+            seed=0,
+        ),
+        "look": node("SaveImage", images="@pairs:1", filename_prefix="pairs"),
+    }
+    result = run(comfy, graph)
+    shown = [
+        np.array(Image.open(comfy.output_dir / image["filename"]))
+        for image in result.outputs["look"]["images"]
+    ]
+    assert [image.shape for image in shown] == [(32, 64, 3)] * 4
+    for image in shown:  # the same pixels, rearranged
+        first, second = image[:, :32].reshape(-1, 3), image[:, 32:].reshape(-1, 3)
+        assert not np.array_equal(first, second)
+        assert sorted(map(tuple, first)) == sorted(map(tuple, second))
+
+
+def test_missing_libraries_are_named(run_in_comfy):
+    said = run_in_comfy(
+        """
+import json, os
+os.environ.pop("STYLEMASTER_PYTHON", None)
+from custom_nodes_stylemaster.nodes import subprocesses
+subprocesses.LIBRARIES = (*subprocesses.LIBRARIES, "no_such_library")
+try:
+    subprocesses.run_core(["info"], lambda: None)
+except Exception as error:
+    print(json.dumps({"said": str(error)}))
+"""
+    )["said"]
+    assert "no_such_library" in said and 'pip install -e "' in said and "[train]" in said
