@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     _say(args, f"{task}: {args.output.name}")
     with tempfile.TemporaryDirectory() as scratch:
         models = open_models(args, Path(scratch))
+        _say(args, "encoding prompt and style")
+        models.encode_text([args.prompt, args.negative_prompt])
         style = style_regions(args, open_styles(args, models, args.prompt))
         bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
         try:

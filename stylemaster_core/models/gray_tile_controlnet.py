@@ -161,7 +161,7 @@ class DiffusersHost:
     """Control blocks of diffusers' Wan."""
 
     def create_block(self, width: int, ffn_width: int, num_heads: int) -> nn.Module:
-        from .wan_transformer import StyledWanBlock
+        from .wan_block import StyledWanBlock
 
         return StyledWanBlock(width, ffn_width, num_heads)
 

@@ -78,8 +78,7 @@ def encode_style(
         prompt_features = similarity = None
         keep = config.keep
         if config.selection == "release":
-            with models.text_encoder() as text_encoder:
-                prompt_features = text_encoder.encode([prompt])
+            prompt_features = models.encode_text([prompt])
         elif config.selection == "paper":
             from ..models.clip_text import joint_similarity
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +155,7 @@ class Models:
         self.storage = storage
         self.compile_blocks = compile_blocks
         self._kept: dict[str, Any] = {}
+        self._text: dict[str, Tensor] = {}
 
     @contextmanager
     def _borrow(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
@@ -182,6 +183,15 @@ class Models:
             lambda: load_text_encoder(path, self.files.tokenizer, device=self.device, dtype=dtype),
         ) as model:
             yield model
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Text features [B, L, Dt]; each prompt is encoded once, as the encoder is slow to load."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text]
+        if missing:
+            with self.text_encoder() as text_encoder:
+                features = text_encoder.encode(missing).cpu()
+            self._text |= dict(zip(missing, features, strict=True))
+        return torch.stack([self._text[prompt] for prompt in prompts]).to(self.device)
 
     @contextmanager
     def image_encoder(self) -> Iterator[ImageEncoder]:

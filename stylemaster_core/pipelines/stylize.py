@@ -104,9 +104,7 @@ def stylize(
     regions = [StyleRegion(style.tokens)] if isinstance(style, Style) else style
 
     stage("encoding the prompt")
-    with models.text_encoder() as text_encoder:
-        text = text_encoder.encode([config.prompt]).to(models.device)
-        negative = text_encoder.encode([config.negative_prompt]).to(models.device)
+    text, negative = models.encode_text([config.prompt, config.negative_prompt]).split(1)
 
     control_latents = clean = None
     if source is not None:

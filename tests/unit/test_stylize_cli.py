@@ -216,6 +216,18 @@ def test_styles_by_mask_and_by_time(inputs, files, tmp_path):
         assert all(not np.array_equal(first, second) for second in arrays[i + 1 :])
 
 
+def test_text_encoder_is_loaded_once(inputs, files, tmp_path, monkeypatch):
+    import stylemaster_core.models.text_encoder as text_encoder
+
+    loads, load = [], text_encoder.load_text_encoder
+    monkeypatch.setattr(
+        text_encoder, "load_text_encoder", lambda *a, **k: (loads.append(1), load(*a, **k))[1]
+    )
+    options = ("--size", "32x32", "--negative-prompt", "blurry", *QUICK, *files)
+    assert run("stylize", tmp_path / "out.png", "--style", inputs / "style.png", *options) == 0
+    assert len(loads) == 1
+
+
 BAD = {
     "missing video": (["--video", "absent.mp4"], "absent.mp4"),
     "no video": (["--video", "{style}"], None),  # a still image counts as one frame: fine
