@@ -215,8 +215,8 @@ class StyleSampler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="1 starts from noise; less keeps that much of the latent, which must "
-                    "then be an encoded video.",
+                    tooltip="1 starts from noise; below 1 starts from the latent, which must then "
+                    "be an encoded video, with that much noise.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For VAE Decode.")],
