@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.comfy import server, small_models
+from tests.comfy import server, small_models, test_nodes
 from tests.comfy.test_nodes import node
 
 RUN = {
@@ -33,6 +33,21 @@ RUN = {
     "settings": "run.precision=float32\nrun.num_workers=0\nrun.validation_samples=1\n"
     "optimizer.warmup_steps=0\nflow.text_length=8",
 }
+
+CACHE = node(
+    "StyleMasterEncodeDataset",
+    dataset="@data",
+    name="stills",
+    vae_name=small_models.VAE_FILE,
+    text_encoder_name="words.json",
+    clip_vision_name="small",
+    width=32,
+    height=32,
+    num_frames=5,
+    fps=0.0,
+    short_videos="reject",
+    gray_tile=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +90,7 @@ def workflow(**changes: Any) -> dict[str, Any]:
             caption="",
             strip_style_words=True,
         ),
-        "cache": node(
-            "StyleMasterEncodeDataset",
-            dataset="@data",
-            name="stills",
-            vae_name=small_models.VAE_FILE,
-            text_encoder_name="words.json",
-            clip_vision_name="small",
-            width=32,
-            height=32,
-            num_frames=5,
-            fps=0.0,
-            short_videos="reject",
-            gray_tile=False,
-        ),
+        "cache": CACHE,
         "train": node(
             "StyleMasterTrainMotionAdapter",
             cache="@cache",
@@ -104,7 +106,7 @@ def workflow(**changes: Any) -> dict[str, Any]:
 
 def run(comfy: server.ComfyServer, graph: dict[str, Any], **options: Any) -> server.Result:
     result = comfy.run_prompt(graph, **options)
-    assert result.status == "success", result.error
+    assert result.status == "success", (result.error or {}).get("exception_message", result)
     return result
 
 
@@ -197,15 +199,17 @@ def picture(comfy: server.ComfyServer, outputs: dict[str, Any]) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("key", "inputs", "said"),
+    # The trainer first: what is before it is kept from one prompt to the next.
     [
-        ("data", {"source": "bad.csv", "still_frames": 0}, "secret.png is not in"),
-        ("cache", {"name": "../../stolen"}, "climbs up"),
         ("train", {"run_name": "/tmp/run"}, "absolute"),
         ("train", {"file_name": "../tried"}, "climbs up"),
-        ("train", {"file_name": "styles/../../x"}, "climbs up"),
+        ("train", {"file_name": "styles/tried"}, "saved styles"),
+        ("train", {"settings": "optimizer.lrate=1"}, "there is no field 'optimizer.lrate'"),
+        ("cache", {"name": "../../stolen"}, "climbs up"),
+        ("data", {"source": "bad.csv", "still_frames": 0}, "secret.png is not in"),
     ],
 )
-def test_paths_that_lead_out_are_refused(comfy, key, inputs, said):
+def test_what_cannot_work_is_refused(comfy, key, inputs, said):
     graph = workflow(run_name="refused", file_name="refused")
     graph[key]["inputs"] |= inputs
     message = refusal(comfy, graph)
@@ -213,13 +217,35 @@ def test_paths_that_lead_out_are_refused(comfy, key, inputs, said):
     assert not (comfy.base / "stolen").exists()
 
 
-def test_the_commands_own_words_reach_the_user(comfy):
-    graph = workflow(run_name="wrong", file_name="wrong", settings="optimizer.lrate=1")
-    assert "there is no field 'optimizer.lrate'" in refusal(comfy, graph)
+def encoded(dataset: str, name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        **CACHE,
+        "inputs": {
+            **CACHE["inputs"],
+            **node("", dataset=dataset)["inputs"],
+            "name": name,
+            **changes,
+        },
+    }
 
 
-def test_pairs_of_given_pictures(comfy):
-    graph = {
+def test_the_other_trainers(comfy, comfy_models):
+    """Pairs and clips with tiles -> projection and ControlNet -> style adapter -> a video."""
+    base = {"base_model": small_models.TRANSFORMER_FILE}
+    small = RUN["settings"] + "\nprojection.hidden_width=32\nrun.validate_every=0"
+    settings = {**RUN, "steps": 2, "settings": small}
+
+    def named(name: str) -> dict[str, Any]:
+        return {**settings, "file_name": name, "run_name": name}
+
+    stills = node(
+        "StyleMasterDataset",
+        source="pictures",
+        still_frames=5,
+        caption="",
+        strip_style_words=True,
+    )
+    first = {
         "pairs": node(
             "StyleMasterIllusionDataset",
             pictures="pictures",
@@ -229,17 +255,60 @@ def test_pairs_of_given_pictures(comfy):
             seed=0,
         ),
         "look": node("SaveImage", images="@pairs:1", filename_prefix="pairs"),
+        "pair_cache": encoded("@pairs", "pairs"),
+        "projection": node(
+            "StyleMasterTrainGlobalProjection", cache="@pair_cache", **named("projection")
+        ),
+        "stills": stills,
+        "cache": encoded("@stills", "tiles", gray_tile=True),
+        "control": node(
+            "StyleMasterTrainGrayTileControl",
+            cache="@cache",
+            controlnet="new",
+            **base,
+            **named("tile"),
+        ),
     }
-    result = run(comfy, graph)
+    outputs = run(comfy, first).outputs
     shown = [
         np.array(Image.open(comfy.output_dir / image["filename"]))
-        for image in result.outputs["look"]["images"]
+        for image in outputs["look"]["images"]
     ]
     assert [image.shape for image in shown] == [(32, 64, 3)] * 4
     for image in shown:  # the same pixels, rearranged
-        first, second = image[:, :32].reshape(-1, 3), image[:, 32:].reshape(-1, 3)
-        assert not np.array_equal(first, second)
-        assert sorted(map(tuple, first)) == sorted(map(tuple, second))
+        one, other = image[:, :32].reshape(-1, 3), image[:, 32:].reshape(-1, 3)
+        assert not np.array_equal(one, other)
+        assert sorted(map(tuple, one)) == sorted(map(tuple, other))
+
+    second = {
+        "stills": stills,
+        "cache": first["cache"],
+        "style": node(
+            "StyleMasterTrainStyle",
+            cache="@cache",
+            stage="style-images",
+            adapter="new",
+            global_projection="projection.safetensors",
+            **base,
+            **named("style"),
+        ),
+    }
+    run(comfy, second)
+    for name in ("stylemaster/projection", "stylemaster/style", "controlnet/tile"):
+        assert (comfy_models / f"{name}.safetensors").is_file(), name
+
+    shutil.copy(comfy.input_dir / "pictures" / "neon.png", comfy.input_dir / "style_0.png")
+    use = test_nodes.workflow(
+        frames=node("LoadImage", image="style_0.png"),
+        control=test_nodes.controlled(
+            frames="@frames", control_net_name="tile.safetensors", model="@apply:0"
+        ),
+        sample=test_nodes.sampled("control", latent="@latent"),
+        show=node("PreviewImage", images="@crop"),
+    )
+    use["adapter"]["inputs"]["adapter_name"] = "style.safetensors"
+    use["latent"]["inputs"] |= {"num_frames": 1, "width": 64, "height": 64}
+    assert run(comfy, use).outputs["show"]["images"]
 
 
 def test_missing_libraries_are_named(run_in_comfy):
