@@ -449,7 +449,9 @@ class TrainingMonitor(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, run_name: str) -> str | float:
+    def fingerprint_inputs(cls, run_name: str | None) -> str | float:
+        if run_name is None:  # it comes through a link, and is not known yet
+            return math.nan
         stats = work_folder("runs", run_name) / STATS
         return fingerprint(stats) if stats.is_file() else math.nan
 

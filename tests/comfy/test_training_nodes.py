@@ -171,6 +171,9 @@ def test_interrupt_resume_and_use(comfy, comfy_models):
     assert result.outputs["compare"]["max_difference"][0] > 1e-6
 
     before = target.read_bytes()
+    # A run that is finished is not trained again, and its file stays.
+    result = run(comfy, workflow(steps=done + 2, sample_every=done + 2, save_every=7))
+    assert result.node_seconds["train"] < 2 and target.read_bytes() == before
     assert "exists and is not overwritten" in refusal(comfy, workflow(run_name="other"))
     assert target.read_bytes() == before
 
