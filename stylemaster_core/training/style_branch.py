@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -184,7 +185,8 @@ def adapter_file(
     style = {PREFIX + key: value for key, value in projector.release_state_dict().items()}
     tensors = style | transformer.style_attention.state_dict()
     tensors = stored(tensors, trainer.config)
-    sizes = adapter_sizes(shapes_of(tensors))
+    # A contrastive projection stands before the style tokens: the base does not notice it.
+    sizes = replace(adapter_sizes(shapes_of(tensors)), contrastive_width=0)
     metadata = trainer.metadata(
         ADAPTER_FORMAT,
         base_model=KNOWN_BASE if sizes == AdapterSizes() else CUSTOM_BASE,

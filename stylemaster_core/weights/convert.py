@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -147,7 +148,9 @@ def _adapter_metadata(adapter: Mapping[str, Tensor], source: Path) -> dict[str, 
     logger.log(
         logging.WARNING if report.is_uniform else logging.INFO, "%s: %s", source, report.message
     )
-    return _metadata(ADAPTER_FORMAT, sizes == AdapterSizes(), sizes.num_blocks)
+    # A contrastive projection stands before the style tokens: the base does not notice it.
+    known = replace(sizes, contrastive_width=0) == AdapterSizes()
+    return _metadata(ADAPTER_FORMAT, known, sizes.num_blocks)
 
 
 def _base_metadata(base: Mapping[str, Tensor], source: Path) -> dict[str, str]:

@@ -40,6 +40,7 @@ class AdapterSizes:
     local_tokens: int = 2
     global_tokens: int = 14
     global_width: int = 1024  # of the image encoder's projected embedding
+    contrastive_width: int = 0  # hidden width of the contrastive projection; 0: there is none
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def expected_adapter_shapes(sizes: AdapterSizes | None = None) -> dict[str, Shap
     """Keys and shapes of a style adapter: `style_model.*` and the image K and V of each block.
 
     Args:
-        sizes: by default the release's (196 tensors).
+        sizes: by default the release's (196 tensors, none of them of a contrastive projection).
 
     Returns:
         Key to shape.
@@ -103,7 +104,11 @@ def expected_adapter_shapes(sizes: AdapterSizes | None = None) -> dict[str, Shap
     shapes |= _layer_norm("style_model.ln1", s.patch_width)
     shapes |= _layer_norm("style_model.ln2", s.patch_width)
     shapes |= _linear("style_model.proj", s.global_width, s.global_tokens * s.style_width)
-    return shapes | _layer_norm("style_model.norm", s.style_width)
+    shapes |= _layer_norm("style_model.norm", s.style_width)
+    if s.contrastive_width:
+        shapes |= _linear("style_model.contrastive.fc1", s.global_width, s.contrastive_width)
+        shapes |= _linear("style_model.contrastive.fc2", s.contrastive_width, s.global_width)
+    return shapes
 
 
 def expected_controlnet_shapes(sizes: ControlNetSizes | None = None) -> dict[str, Shape]:
@@ -167,6 +172,9 @@ def adapter_sizes(shapes: Mapping[str, Shape]) -> AdapterSizes:
     width, style_width = _shape(shapes, "blocks.0.cross_attn.k_img.weight", 2, what)
     _, local_tokens, patch_width = _shape(shapes, "style_model.style_emb", 3, what)
     global_rows, global_width = _shape(shapes, "style_model.proj.weight", 2, what)
+    contrastive_width = 0
+    if any(key.startswith("style_model.contrastive.") for key in shapes):
+        contrastive_width = _shape(shapes, "style_model.contrastive.fc1.weight", 2, what)[0]
     return AdapterSizes(
         width=width,
         num_blocks=_count(shapes, "blocks"),
@@ -176,6 +184,7 @@ def adapter_sizes(shapes: Mapping[str, Shape]) -> AdapterSizes:
         local_tokens=local_tokens,
         global_tokens=global_rows // style_width,
         global_width=global_width,
+        contrastive_width=contrastive_width,
     )
 
 

@@ -184,3 +184,34 @@ def test_options_that_cannot_work(tmp_path, checkpoint, controlnet):
         convert(checkpoint, tmp_path, dtype=torch.int8)
     with pytest.raises(ConfigError, match="include_base"):
         convert(controlnet, tmp_path, include_base=True)
+
+
+def test_an_adapter_with_a_contrastive_projection(tmp_path):
+    tensors = small_adapter(contrastive_width=7)
+    names = {key for key in tensors if ".contrastive." in key}
+    assert len(names) == 4 and tensors["style_model.contrastive.fc1.weight"].shape == (7, 5)
+    torch.save(tensors, tmp_path / "mine.pt")
+    (path,) = convert(tmp_path / "mine.pt", tmp_path)
+    content = read_state_dict(path)
+    assert content.metadata["format"] == "stylemaster-adapter-1"
+    assert set(content.tensors) == set(tensors)
+    assert all(torch.equal(content.tensors[key], tensors[key]) for key in tensors)
+    del tensors["style_model.contrastive.fc2.bias"]
+    torch.save(tensors, tmp_path / "part.pt")
+    with pytest.raises(WeightsError, match="contrastive.fc2.bias"):
+        convert(tmp_path / "part.pt", tmp_path)
+    del tensors["style_model.contrastive.fc1.weight"]
+    torch.save(tensors, tmp_path / "part.pt")
+    with pytest.raises(WeightsError, match="contrastive.fc1.weight is missing"):
+        convert(tmp_path / "part.pt", tmp_path)
+
+
+@pytest.mark.parametrize(("change", "base"), [({}, "wan2.1-t2v-1.3b"), ({"width": 8}, "custom")])
+def test_a_contrastive_projection_does_not_change_the_base(change, base, monkeypatch):
+    from stylemaster_core.weights import convert as module
+
+    report = type("Report", (), {"is_uniform": False, "message": ""})
+    monkeypatch.setattr(module, "style_path_report", lambda adapter: report)
+    shapes = expected_adapter_shapes(AdapterSizes(**change, contrastive_width=2048))
+    adapter = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert module._adapter_metadata(adapter, Path("x"))["base_model"] == base
