@@ -59,7 +59,11 @@ def load_style_adapter(path: Path) -> StyleAdapter:
     tensors, metadata = read_kind(path, "style_adapter", "StyleMaster style adapter")
     prefix = "style_model."
     style = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    projector = load_style_projector(style, num_heads=int(metadata.get("style_num_heads", 8)))
+    projector = load_style_projector(
+        style,
+        num_heads=int(metadata.get("style_num_heads", 8)),
+        global_embeds=metadata.get("global_embeds"),
+    )
     attention = create_style_attention(tensors)
     if attention is None:
         raise WeightsError(

@@ -94,11 +94,10 @@ def select_textures(
         similarity = joint_similarity(features, clip_prompt)
     # Kept as stored and widened for this one use: the socket outlives it, float32 would double it.
     projector = copy.deepcopy(adapter.projector).float()
-    own = projector.contrastive is not None
     with torch.no_grad():
         result = projector(
             features.patches,
-            features.image_embeds if own else features.shuffled_embeds,
+            getattr(features, projector.global_embeds),
             prompt[0][0].float().cpu(),
             selection=mode,
             drop_rate=None if keep else drop_rate,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import rearrange
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from ..errors import LayoutError, WeightsError
 from .query_transformer import QueryTransformer
 from .texture_selector import SelectionMode, select_patches
+
+# Of the style picture itself, or of its content-shuffled version.
+GlobalEmbeds = Literal["image_embeds", "shuffled_embeds"]
 
 
 class StyleTokens(NamedTuple):
@@ -69,6 +72,17 @@ class StyleProjector(nn.Module):
         self.texture = texture
         self.global_projection = global_projection
         self.contrastive: ContrastiveProjection | None = None
+        self.trained_on: GlobalEmbeds | None = None
+
+    @property
+    def global_embeds(self) -> GlobalEmbeds:
+        """Which embedding of a style picture it takes: what it was trained on, where that is known.
+
+        Else the picture's own if there is a contrastive projection (the paper), and otherwise the
+        shuffled one (the release).
+        """
+        default = "shuffled_embeds" if self.contrastive is None else "image_embeds"
+        return self.trained_on or default
 
     def forward(
         self,
@@ -161,21 +175,29 @@ def _module_name(release_key: str) -> str:
     return "texture." + renamed
 
 
-def load_style_projector(state_dict: Mapping[str, Tensor], *, num_heads: int = 8) -> StyleProjector:
+def load_style_projector(
+    state_dict: Mapping[str, Tensor], *, num_heads: int = 8, global_embeds: str | None = None
+) -> StyleProjector:
     """Build the style projector from release-format weights; all sizes are read off them.
 
     Args:
         state_dict: keys as in the release, without the `style_model.` prefix. Not copied.
         num_heads: heads of the query transformer; it cannot be read off the weights.
+        global_embeds: the embedding it was trained on, as an adapter's metadata may tell.
 
     Returns:
         a frozen module; call it with (patch_features, image_embeds, prompt_features).
 
     Raises:
-        WeightsError: for missing, unexpected or wrongly shaped keys.
+        WeightsError: for missing, unexpected or wrongly shaped keys, or an unknown embedding.
     """
     from ..weights.state_dict import check_keys
 
+    if global_embeds not in (None, *get_args(GlobalEmbeds)):
+        raise WeightsError(
+            f"the adapter says global_embeds={global_embeds!r} in its metadata, expected one of "
+            f"{get_args(GlobalEmbeds)}; get a newer release of this software, or another adapter"
+        )
     for key in ("style_emb", "proj_patch", "proj.weight", "norm.weight"):
         if key not in state_dict:
             raise WeightsError(
@@ -205,4 +227,5 @@ def load_style_projector(state_dict: Mapping[str, Tensor], *, num_heads: int = 8
     )
     weights = {_module_name(key): value for key, value in state_dict.items()}
     module.load_state_dict(weights, assign=True)
+    module.trained_on = global_embeds  # type: ignore[assignment]  # checked above
     return module.requires_grad_(False).eval()

@@ -71,9 +71,7 @@ def encode_style(
     with models.style_projector() as projector, models.image_encoder() as encoder:
         views = torch.stack([clip_pixels(view, crop=config.crop) for view in (image, shuffled)])
         features = encoder.encode(views)
-        # A contrastively trained projection (the paper) reads the picture itself, the release the
-        # shuffled one.
-        view = 0 if projector.contrastive is not None else 1
+        view = 0 if projector.global_embeds == "image_embeds" else 1
         patches = features.patch_features[:1]
         prompt_features = similarity = None
         keep = config.keep

@@ -259,8 +259,11 @@ class Models:
             for key, value in strip_prefix(weights).items()
             if key.startswith(prefix)
         }
-        heads = int(metadata.get("style_num_heads", 8))
-        return load_style_projector(style, num_heads=heads).to(self.device)
+        return load_style_projector(
+            style,
+            num_heads=int(metadata.get("style_num_heads", 8)),
+            global_embeds=metadata.get("global_embeds"),
+        ).to(self.device)
 
     def _load_transformer(self) -> StyledWanTransformer:
         from ..models.motion_adapter import load_motion_adapter

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def create_trainer(
             if not meta:
                 provenance[f"{key}_sha256"] = _hash(path)
             if key == "adapter":
-                config = _with_heads(config, metadata)
+                config = _as_trained(config, metadata, files.global_projection is not None)
             check_hashes(
                 {k: v for k, v in metadata.items() if k.startswith("data_")},
                 provenance,
@@ -194,10 +194,19 @@ def _hash(path: Path) -> str:
     return "-".join(sha256_of(file) for file in _files_of(path))
 
 
-def _with_heads(config: TrainConfig, metadata: Mapping[str, str]) -> TrainConfig:
-    """The heads of the style model cannot be read off its weights; the file's header tells."""
-    heads = int(metadata.get("style_num_heads", config.style.num_heads))
-    return dataclasses.replace(config, style=dataclasses.replace(config.style, num_heads=heads))
+def _as_trained(
+    config: TrainConfig, metadata: Mapping[str, str], new_contrastive: bool
+) -> TrainConfig:
+    """An adapter's header tells what cannot be read off its weights: heads, and the embedding."""
+    style = config.style
+    style = dataclasses.replace(
+        style, num_heads=int(metadata.get("style_num_heads", style.num_heads))
+    )
+    found = metadata.get("global_embeds")
+    if style.global_embeds == "auto" and found is not None and not new_contrastive:
+        chosen: Literal["plain", "shuffled"] = "plain" if found == "image_embeds" else "shuffled"
+        style = dataclasses.replace(style, global_embeds=chosen)
+    return dataclasses.replace(config, style=style)
 
 
 def _compare_base(provenance: Mapping[str, str], metadata: Mapping[str, str], path: Path) -> None:
