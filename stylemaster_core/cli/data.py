@@ -327,7 +327,14 @@ def _sample_plan(args: argparse.Namespace, models: Models, stack: ExitStack) -> 
     from ..data.cache import hash_models
     from ..data.cache_writer import CachePlan, Entry
     from ..data.clips import ClipConfig
-    from ..data.encode import EncodeConfig, Encoders, encode_sample, load_pixels, sample_bytes
+    from ..data.encode import (
+        EncodeConfig,
+        Encoders,
+        encode_null_text,
+        encode_sample,
+        load_pixels,
+        sample_bytes,
+    )
 
     clip = ClipConfig(
         sizes=tuple(args.size or [(480, 832)]),
@@ -352,6 +359,7 @@ def _sample_plan(args: argparse.Namespace, models: Models, stack: ExitStack) -> 
         settings=_settings(config),
         shard_size=args.shard_size,
         bytes_of=lambda sample: sample_bytes(sample, config),
+        null_text=lambda: encode_null_text(encoders.text_encoder, config.dtype),
     )
 
 

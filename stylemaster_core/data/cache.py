@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError, WeightsError
-from ..weights.files import sha256_of
+from ..weights.files import read_state_dict, sha256_of
 from .jsonl import read_json
 
 FORMAT = "stylemaster-cache-1"
 MANIFEST = "manifest.json"
+NULL_TEXT = "null_text"  # tensor, and stem of its file
 CacheKind = Literal["samples", "pairs"]
 Shape = tuple[int, ...]
 
@@ -34,6 +35,8 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         groups: for pairs, what each one's style is called; samples of one group are alike.
         hashes: SHA-256 of the model files that made the cache, by the model's name.
         settings: with which it was made.
+        null_text: [L, D] features of the empty prompt; None for pairs, and in a cache of an earlier
+            version of this software (encode again: it adds them).
         sizes: shape of each sample's `latents` (of pairs, of `first_embeds`).
         buckets: size to the numbers of the samples that have it.
         shapes: of each tensor of a sample; None where samples differ (the text's length).
@@ -61,6 +64,7 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
             raise ConfigError(f"{path} is unfinished; run the same `stylemaster data encode` again")
         self.hashes: dict[str, str] = manifest["hashes"]
         self.settings: dict[str, Any] = manifest["settings"]
+        self.null_text = _read_null_text(self.path, manifest)
         self.ids: list[str] = []
         self.groups: list[str] = []
         self._places: list[tuple[int, int]] = []
@@ -195,6 +199,8 @@ def check_cache(folder: Path, on_shard: Callable[[int, int], None] | None = None
     problems = []
     if not manifest["complete"]:
         problems.append(f"{folder} is unfinished; run the same `stylemaster data encode` again")
+    if NULL_TEXT in manifest and (problem := null_text_problem(folder, manifest)):
+        problems.append(problem)
     for number, record in enumerate(manifest["shards"], start=1):
         if problem := shard_problem(folder, record):
             problems.append(problem)
@@ -233,6 +239,22 @@ def shard_problem(folder: Path, record: Mapping[str, Any]) -> str | None:
     return None
 
 
+def null_text_path(folder: Path) -> Path:
+    """Where the features of the empty prompt are."""
+    return folder / f"{NULL_TEXT}.safetensors"
+
+
+def null_text_problem(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with the features of the empty prompt; None if they are as written."""
+    path = null_text_path(folder)
+    if not path.is_file():
+        return f"{path} is missing; run the same `stylemaster data encode` again"
+    record = manifest.get(NULL_TEXT)
+    if record is not None and sha256_of(path) != record["sha256"]:
+        return f"{path} is damaged (its SHA-256 differs); run the same `data encode` again"
+    return None
+
+
 def shard_path(folder: Path, index: int) -> Path:
     """Where a shard's file is."""
     return folder / f"shard_{index:05d}.safetensors"
@@ -241,6 +263,14 @@ def shard_path(folder: Path, index: int) -> Path:
 def tensor_key(position: int, name: str) -> str:
     """What the tensor of the sample at a position in its shard is called there."""
     return f"{position:05d}.{name}"
+
+
+def _read_null_text(folder: Path, manifest: Mapping[str, Any]) -> Tensor | None:
+    if NULL_TEXT not in manifest:
+        return None
+    if problem := null_text_problem(folder, manifest):
+        raise ConfigError(problem)
+    return read_state_dict(null_text_path(folder)).tensors[NULL_TEXT]
 
 
 def _common(shapes: list[Shape]) -> tuple[int | None, ...]:

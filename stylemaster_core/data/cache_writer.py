@@ -18,7 +18,17 @@ from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
 from ..weights.files import sha256_of, write_state_dict
-from .cache import FORMAT, MANIFEST, CacheKind, shard_path, shard_problem, tensor_key
+from .cache import (
+    FORMAT,
+    MANIFEST,
+    NULL_TEXT,
+    CacheKind,
+    null_text_path,
+    null_text_problem,
+    shard_path,
+    shard_problem,
+    tensor_key,
+)
 from .jsonl import append_jsonl, locked, read_json, read_jsonl, write_json, write_jsonl
 from .pairs import check_process
 
@@ -53,6 +63,7 @@ class CachePlan(Generic[Item, Loaded]):
         settings: plain JSON values that decide the tensors.
         shard_size: samples a shard.
         bytes_of: estimates the disk space that an item takes.
+        null_text: makes the features of the empty prompt; None for a cache without.
     """
 
     kind: CacheKind
@@ -63,6 +74,7 @@ class CachePlan(Generic[Item, Loaded]):
     settings: Mapping[str, Any]
     shard_size: int = 64
     bytes_of: Callable[[Item], int] = field(default=lambda item: 0)
+    null_text: Callable[[], Tensor] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -137,6 +149,7 @@ def write_cache(
         else:
             todo.append(index)
     _check_disk(folder, plan, todo)
+    _write_null_text(folder, plan)
     encoded = _encode_shards(folder, plan, todo, workers, report)
     with locked(folder):
         bad, complete = _merge(folder, plan)
@@ -171,6 +184,8 @@ def _open_folder(folder: Path, plan: CachePlan[Any, Any], overwrite: bool) -> No
         for index, record in records.items():
             if (index, record["fingerprint"]) not in keep:
                 shard_path(folder, index).unlink(missing_ok=True)
+        if not keep:
+            null_text_path(folder).unlink(missing_ok=True)
         kept = [r for index, r in records.items() if (index, r["fingerprint"]) in keep]
         write_jsonl(folder / RECORDS, kept)
         write_json(folder / MANIFEST, manifest)
@@ -302,6 +317,18 @@ def _write_shard(
     append_jsonl(folder / RECORDS, record)
 
 
+def _write_null_text(folder: Path, plan: CachePlan[Any, Any]) -> None:
+    """Encode the empty prompt, unless this or another process has done so."""
+    if plan.null_text is None:
+        return
+    with locked(folder):
+        manifest = read_json(folder / MANIFEST)
+        if null_text_problem(folder, manifest) is None:
+            return
+        tensors = {NULL_TEXT: plan.null_text()}
+        write_state_dict(null_text_path(folder), tensors, {"format": FORMAT}, overwrite=True)
+
+
 def _merge(folder: Path, plan: CachePlan[Any, Any]) -> tuple[list[dict[str, str]], bool]:
     """Bring the records of all processes into the manifest; say what is bad, and if all is done."""
     records = _read_records(folder)
@@ -317,7 +344,10 @@ def _merge(folder: Path, plan: CachePlan[Any, Any]) -> tuple[list[dict[str, str]
         (folder / BAD).unlink(missing_ok=True)
     complete = len(done) == plan.num_shards
     shards = [{k: v for k, v in record.items() if k != "bad"} for record in done]
-    write_json(folder / MANIFEST, _new_manifest(plan) | {"complete": complete, "shards": shards})
+    manifest = _new_manifest(plan) | {"complete": complete, "shards": shards}
+    if plan.null_text is not None:
+        manifest[NULL_TEXT] = {"sha256": sha256_of(null_text_path(folder))}
+    write_json(folder / MANIFEST, manifest)
     return bad, complete
 
 

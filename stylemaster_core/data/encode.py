@@ -113,6 +113,13 @@ def encode_sample(
     return _stored(tensors, config.dtype)
 
 
+@torch.no_grad()
+def encode_null_text(text_encoder: TextEncoder, dtype: StoreDtype) -> Tensor:
+    """Features [L, D] of the empty prompt, without padding: what a dropped caption becomes."""
+    text = _unpadded(text_encoder.encode([""])[0])
+    return _stored({"features of the empty prompt": text}, dtype)["features of the empty prompt"]
+
+
 def load_pair_pixels(pair: Pair, image_size: int = 224, crop: CropMode = "center") -> Tensor:
     """Read both pictures of a pair for CLIP: [2, 3, 224, 224].
 

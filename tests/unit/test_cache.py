@@ -236,6 +236,50 @@ def test_written_and_read(counted, tmp_path):
         data[10]
 
 
+def test_features_of_the_empty_prompt(counted, tmp_path):
+    made = []
+
+    def null_text():
+        made.append(torch.full((1, 8), 2.0))
+        return made[-1]
+
+    assert write_cache(tmp_path, plan_of(counted)).complete
+    assert CachedDataset(tmp_path).null_text is None
+    # A cache that was made without them gets them, and its samples are left alone.
+    plan = plan_of(counted, null_text=null_text)
+    assert write_cache(tmp_path, plan).encoded == 0
+    assert write_cache(tmp_path, plan).encoded == 0 and len(made) == 1
+    data = CachedDataset(tmp_path)
+    assert torch.equal(data.null_text, made[0])
+    assert torch.equal(pickle.loads(pickle.dumps(data)).null_text, made[0])
+    assert check_cache(tmp_path) == []
+    path = tmp_path / "null_text.safetensors"
+    whole = path.read_bytes()
+    for damage in (whole[:-1] + b"?", None):
+        path.unlink() if damage is None else path.write_bytes(damage)
+        problems = check_cache(tmp_path)
+        assert len(problems) == 1 and "null_text" in problems[0]
+        with pytest.raises(ConfigError, match=r"null_text.*encode.*again"):
+            CachedDataset(tmp_path)
+        write_cache(tmp_path, plan)
+        assert path.read_bytes() == whole and check_cache(tmp_path) == []
+    assert len(made) == 3
+    # Other samples of the same models keep them, other models do not.
+    write_cache(tmp_path, plan_of(counted, range(11), null_text=null_text), overwrite=True)
+    assert len(made) == 3
+    other = {"hashes": {"vae": "aa", "text_encoder": "cc"}}
+    write_cache(tmp_path, plan_of(counted, **other, null_text=null_text), overwrite=True)
+    assert len(made) == 4 and torch.equal(CachedDataset(tmp_path).null_text, made[0])
+
+
+def test_two_processes_encode_the_empty_prompt_once(counted, tmp_path):
+    made = []
+    plan = plan_of(counted, null_text=lambda: made.append(0) or torch.ones(1, 8))
+    for number in (1, 0):
+        write_cache(tmp_path, plan, process=(number, 2))
+    assert len(made) == 1 and torch.equal(CachedDataset(tmp_path).null_text, torch.ones(1, 8))
+
+
 def test_processes_share_the_shards(counted, tmp_path):
     write_cache(tmp_path / "one", plan_of(counted))
     counted.calls.clear()

@@ -16,6 +16,7 @@ from stylemaster_core.data.samples import read_samples
 from stylemaster_core.data.videos import write_video
 from stylemaster_core.errors import ConfigError, StyleMasterError
 from stylemaster_core.models.small import write_small_models
+from stylemaster_core.models.text_encoder import load_text_encoder
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,9 @@ def test_encode_folder_check_and_repair(media, models, tmp_path, capsys):
     assert data[0]["image_embeds"].shape == data[0]["shuffled_embeds"].shape == (48,)
     assert len(data[0]["text"]) == len(["boat", "0", "</s>"])
     assert data[0]["latents"].dtype == torch.float16
+    encoded = load_text_encoder(models[models.index("--text-encoder") + 1]).encode([""])[0]
+    assert data.null_text is not None and data.null_text.dtype == torch.float16
+    assert torch.equal(data.null_text, encoded[:1].half()) and not encoded[1:].any()
     assert run("check", out) == 0
     whole = shard_path(out, 0).read_bytes()
     shard_path(out, 0).write_bytes(whole[:-2] + b"??")

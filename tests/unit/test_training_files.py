@@ -19,6 +19,7 @@ from stylemaster_core.data.cache_writer import CachePlan, Entry, write_cache
 from stylemaster_core.errors import ConfigError, StyleMasterError, WeightsError
 from stylemaster_core.models.small import draw_weights, write_small_models
 from stylemaster_core.pipelines.models import ModelFiles, Models
+from stylemaster_core.training import setup
 from stylemaster_core.training.base_model import create_base_trainer, new_base_weights
 from stylemaster_core.training.config import (
     PRESETS,
@@ -329,10 +330,10 @@ def pairs(tmp_path_factory):
     return write(tmp_path_factory.mktemp("cache") / "pairs", "pairs", world.pairs(8).samples)
 
 
-def write(folder, kind, samples, vae="a" * 64):
+def write(folder, kind, samples, vae="a" * 64, null_text=None):
     items = [(Entry(f"clip-{i}", "", str(i), str(i)), s) for i, s in enumerate(samples)]
     plan = CachePlan(kind, items, lambda item: item, lambda item, loaded: loaded,
-                     {"vae": vae, "text_encoder": "b" * 64}, {})  # fmt: skip
+                     {"vae": vae, "text_encoder": "b" * 64}, {}, null_text=null_text)  # fmt: skip
     write_cache(folder, plan)
     return folder
 
@@ -392,6 +393,26 @@ def test_the_empty_prompt_is_encoded_once_and_kept(small, cache, tmp_path, monke
     kept = read_state_dict(out / "null_text.safetensors").tensors["null_text"]
     assert kept.shape == (1, 64)
     assert command(*arguments, "--resume") == 0
+
+
+def test_the_empty_prompt_of_the_cache_needs_no_text_encoder(small, cache, tmp_path, monkeypatch):
+    samples = [CachedDataset(cache)[i] for i in range(4)]
+    features = torch.full((1, 64), 0.5, dtype=torch.float16)
+    data = write(tmp_path / "cache", "samples", samples, null_text=lambda: features)
+    made, create = [], setup.create_trainer
+
+    def remember(*arguments, **options):
+        made.append(create(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(setup, "create_trainer", remember)
+    arguments = ["motion", "--data", data, "--base", small.stylemaster, *QUICK,
+                 "--set", "motion.rank=2"]  # fmt: skip
+    for extra in ("--dry-run", "--no-progress"):
+        assert command(*arguments, "--out", tmp_path / "run", extra) == 0
+    null = made[-1].null_text
+    assert torch.equal(null[:1], features.float()) and not null[1:].any()
+    assert not (tmp_path / "run" / "null_text.safetensors").exists()
 
 
 @pytest.mark.parametrize("trainer", ["global-projection", "motion", "control", "base"])
