@@ -19,6 +19,7 @@ SUBCOMMANDS = (
     "queue",
     "data",
     "train",
+    "evaluate",
     "info",
     "demo",
 )

@@ -113,6 +113,8 @@ def test_retrieval_finds_what_is_there_and_is_chance_otherwise():
     assert retrieval_at_1(strangers, references, own) < 0.15
     few, many = (retrieval_at_1(strangers, references, own, num_candidates=n) for n in (2, 64))
     assert few > 0.3 > many
+    crowd = torch.randn(2, 400, 16, generator=generator)
+    assert 0.43 < retrieval_at_1(*crowd, range(400), num_candidates=2) < 0.57
     assert retrieval_at_1(torch.ones(64, 16), torch.ones(64, 16), own) == 0  # no ties for free
 
 

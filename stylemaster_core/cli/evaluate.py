@@ -1,0 +1,228 @@
+"""`stylemaster evaluate`: a report on results, beside baselines that need no model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, UnsupportedHostError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..metrics.report import Networks, Row, Scene
+
+SHOWN_FRAMES = 4
+COLUMNS = ("style", "result", "content", "prompt", "true_filter")
+NEEDED_COLUMNS = COLUMNS[:2]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `evaluate` to the command line."""
+    parser = subparsers.add_parser(
+        "evaluate", help="measure style, content and motion of results", description=__doc__
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="one .csv or .jsonl table with the columns style, result and, if there, content, "
+        "prompt, true_filter (paths relative to the table); or folders, each with files or "
+        "folders named so (style.png, result.mp4, content.mp4, prompt.txt, true_filter.mp4)",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    parser.add_argument("--max-frames", type=int, help="look at the first frames only")
+    parser.add_argument(
+        "--candidates", type=int, default=32, help="style pictures that retrieval chooses among"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of candidates")
+    group = parser.add_argument_group("networks; without them their metrics are not measured")
+    group.add_argument("--image-encoder", type=Path, help="CLIP's, for CLIP-T and retrieval")
+    group.add_argument("--clip-text", type=Path, help="the same CLIP's text tower, for CLIP-T")
+    group.add_argument("--csd", type=Path, help="CSD's weights; it judges retrieval, too")
+    group.add_argument("--lpips", action="store_true", help="by the package lpips; may download")
+    group.add_argument("--art-inception", type=Path, help="art_inception.pth, for ArtFID")
+    group.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `stylemaster evaluate`: report.md, report.json and a picture of every row."""
+    from tqdm import tqdm
+
+    from ..data.images import write_image
+    from ..data.jsonl import write_json
+    from ..metrics.markdown import to_json, to_markdown
+    from ..metrics.report import evaluate
+    from ..pipelines.pictures import contact_sheet
+
+    rows = read_rows(args.pairs)
+    if args.max_frames is not None and args.max_frames < 1:
+        raise ConfigError(f"--max-frames {args.max_frames}; expected at least 1")
+    if args.seed < 0:
+        raise ConfigError(f"--seed {args.seed}; expected at least 0")
+    out = args.out
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not args.overwrite):
+        raise ConfigError(f"{out} is there already; choose another --out, or pass --overwrite")
+    if not out.resolve().parent.is_dir():
+        raise ConfigError(f"there is no folder {out.parent} for the report; create it first")
+    networks = _networks(args)
+    pictures = [f"row_{number:04d}.png" for number in range(len(rows))]
+    with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".evaluate.") as scratch:
+        part = Path(scratch)
+        with tqdm(total=len(rows), unit="row", desc="evaluate") as bar:
+
+            def on_row(number: int, scene: Scene) -> None:
+                write_image(part / pictures[number], contact_sheet(_sheet_rows(scene)))
+                bar.update()
+
+            report = evaluate(
+                rows,
+                networks,
+                max_frames=args.max_frames,
+                num_candidates=args.candidates,
+                seed=args.seed,
+                on_row=on_row,
+            )
+        content = to_json(report, pictures)
+        write_json(part / "report.json", content)
+        (part / "report.md").write_text(to_markdown(report, pictures), encoding="utf-8")
+        out.mkdir(exist_ok=True)
+        for path in sorted(part.iterdir()):
+            os.replace(path, out / path.name)
+    if args.json:
+        sys.stdout.write(json.dumps({"out": str(out), "summary": content["summary"]}) + "\n")
+        return 0
+    sys.stdout.write(to_markdown(report, pictures).split("## Rows")[0])
+    sys.stdout.write(f"wrote {out / 'report.md'}, report.json and {len(rows)} pictures\n")
+    return 0
+
+
+def read_rows(sources: Sequence[Path]) -> list[Row]:
+    """Read what is to be judged: one table, or folders with a row each.
+
+    Raises:
+        ConfigError: for a missing source, column or file, or unknown columns.
+    """
+    if len(sources) == 1 and not sources[0].is_dir():
+        return _from_table(sources[0])
+    if files := [source for source in sources if not source.is_dir()]:
+        raise ConfigError(f"{files[0]} is no folder; give one table, or folders only")
+    rows = [_from_folder(folder) for folder in sources]
+    if len({row.name for row in rows}) < len(rows):
+        raise ConfigError("two folders have the same name; rename one, names tell the rows apart")
+    return rows
+
+
+def _from_table(table: Path) -> list[Row]:
+    from ..data.captions import read_table
+
+    rows = []
+    for number, fields in enumerate(read_table(table), start=1):
+        if unknown := sorted(set(fields) - {*COLUMNS, "name"}):
+            raise ConfigError(
+                f"{table} has the columns {', '.join(unknown)}; expected "
+                f"{', '.join((*COLUMNS, 'name'))}"
+            )
+        where = f"{table}, row {number}"
+        name = fields.get("name") or f"row {number}"
+        rows.append(_row(name, {k: v for k, v in fields.items() if v}, table.parent, where))
+    if len({row.name for row in rows}) < len(rows):
+        raise ConfigError(f"{table}: a name occurs twice; names tell the rows apart")
+    return rows
+
+
+def _from_folder(folder: Path) -> Row:
+    fields: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        if path.stem not in COLUMNS:
+            continue
+        if path.stem in fields:
+            raise ConfigError(f"{folder} holds more than one {path.stem}; leave one")
+        is_prompt = path.stem == "prompt"
+        fields[path.stem] = path.read_text(encoding="utf-8").strip() if is_prompt else path.name
+    return _row(folder.resolve().name, fields, folder, str(folder))
+
+
+def _row(name: str, fields: dict[str, str], folder: Path, where: str) -> Row:
+    from ..metrics.report import Row
+
+    if lacking := [column for column in NEEDED_COLUMNS if column not in fields]:
+        raise ConfigError(f"{where} names no {' and no '.join(lacking)}; each row needs both")
+    paths = {column: folder / fields[column] for column in fields if column in COLUMNS}
+    paths.pop("prompt", None)
+    for column, path in paths.items():
+        if not path.exists():
+            raise ConfigError(f"{where}: there is no {column} {path}; check the path")
+    return Row(
+        name=name,
+        style=paths["style"],
+        result=paths["result"],
+        content=paths.get("content"),
+        prompt=fields.get("prompt", ""),
+        true_filter=paths.get("true_filter"),
+    )
+
+
+def _networks(args: argparse.Namespace) -> Networks:
+    import torch
+
+    from ..metrics import perceptual
+    from ..metrics.report import Networks
+    from ..models.clip_text import load_clip_text
+    from ..models.image_encoder import load_image_encoder
+
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {args.device} cannot be used here ({error})") from error
+    missing = {
+        "clip_t": "pass --image-encoder and --clip-text of one CLIP model",
+        "retrieval": "pass --csd or --image-encoder, which then judges",
+        "csd": "pass --csd, the weights of yuxi-liu-wired/CSD",
+        "lpips": "pass --lpips",
+        "art_fid": "pass --art-inception (matthias-wright/art_inception) and --lpips",
+    }
+    clip = clip_text = csd = lpips = inception = None
+    if args.image_encoder:
+        clip = perceptual.clip_embedder(load_image_encoder(args.image_encoder, device=device))
+    if args.clip_text:
+        clip_text = load_clip_text(args.clip_text, device=device)
+    if args.csd:
+        csd = perceptual.load_csd(args.csd, device=device)
+    # A library that is not installed is a gap in the report, a damaged file a mistake to mend.
+    if args.lpips:
+        try:
+            lpips = perceptual.load_lpips(device=device)
+        except UnsupportedHostError as error:
+            missing["lpips"] = str(error)
+    if args.art_inception:
+        try:
+            inception = perceptual.load_art_inception(args.art_inception, device=device)
+        except UnsupportedHostError as error:
+            missing["art_fid"] = str(error)
+    return Networks(clip, clip_text, csd, csd or clip, lpips, inception, missing)
+
+
+def _sheet_rows(scene: Scene) -> list[tuple[str, list[np.ndarray]]]:
+    from ..metrics.report import METHODS
+
+    rows = [("style", [scene.style_image])]
+    for method in METHODS:
+        if method in scene.clips:
+            clip = scene.clips[method]
+            count = min(SHOWN_FRAMES, len(clip))
+            shown = [round(i * (len(clip) - 1) / max(count - 1, 1)) for i in range(count)]
+            rows.append((method, [clip[i] for i in shown]))
+    return rows
