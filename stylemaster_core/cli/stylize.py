@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..data.videos import VIDEO_CODECS, write_video
-    from ..pipelines.stylize import stylize
+    from ..pipelines.stylize import needed_files, stylize
     from .style_options import open_styles, style_regions
 
     started = time.perf_counter()
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     _say(args, f"{task}: {args.output.name}")
     with tempfile.TemporaryDirectory() as scratch:
         models = open_models(args, Path(scratch))
+        models.files.require(needed_files(config), task)
         _say(args, "encoding prompt and style")
         models.encode_text([args.prompt, args.negative_prompt])
         style = style_regions(args, open_styles(args, models, args.prompt))

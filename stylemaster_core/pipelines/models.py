@@ -64,14 +64,23 @@ class ModelFiles:
         Raises:
             WeightsError: if it was not given.
         """
-        path = getattr(self, name)
-        if path is None:
+        self.require([name], purpose)
+        return Path(getattr(self, name))
+
+    def require(self, names: Sequence[str], purpose: str) -> None:
+        """Check that files were given, all at once and before anything is loaded.
+
+        Raises:
+            WeightsError: naming each that was not.
+        """
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            options = ", ".join("--" + name.replace("_", "-") for name in missing)
             raise WeightsError(
-                f"{purpose} needs the {name.replace('_', ' ')}, and no file was given for it; "
-                f"pass --{name.replace('_', '-')} (or ModelFiles({name}=...)), or get it with "
-                "`stylemaster weights download`"
+                f"{purpose} needs the {', the '.join(missing).replace('_', ' ')}, and no file was "
+                f"given or found; pass {options} (in Python: ModelFiles({missing[0]}=...)), name "
+                "the folder with --models-dir, or get them with `stylemaster weights download`"
             )
-        return Path(path)
 
 
 def choose_device(device: str = "auto") -> torch.device:

@@ -100,6 +100,7 @@ def stylize(
     by windows.
     """
     source, padding = _prepare_frames(config, frames)
+    models.files.require(needed_files(config), config.task)
     t, h, w = latent_shape(*_padded_size(padding))
     regions = [StyleRegion(style.tokens)] if isinstance(style, Style) else style
 
@@ -150,6 +151,13 @@ def stylize(
     with models.vae() as vae:
         decoded = video_to_frames(vae.decode(latents))
     return Stylized(padding.crop(decoded), latents.cpu())
+
+
+def needed_files(config: StylizeConfig) -> list[str]:
+    """Which of `ModelFiles` a task needs; a style picture needs the image encoder, too."""
+    needed = ["transformer", "vae", "text_encoder"]
+    restyles = config.task in ("video-to-video", "image-to-image")
+    return [*needed, "controlnet"] if restyles and config.control else needed
 
 
 def _prepare_frames(
