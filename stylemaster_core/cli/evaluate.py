@@ -16,7 +16,8 @@ from ..errors import ConfigError, UnsupportedHostError
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..metrics.report import Networks, Row, Scene
+    from ..metrics.report import Networks
+    from ..metrics.scene import Row, Scene
 
 SHOWN_FRAMES = 4
 COLUMNS = ("style", "result", "content", "prompt", "true_filter")
@@ -155,7 +156,7 @@ def _from_folder(folder: Path) -> Row:
 
 
 def _row(name: str, fields: dict[str, str], folder: Path, where: str) -> Row:
-    from ..metrics.report import Row
+    from ..metrics.scene import Row
 
     if lacking := [column for column in NEEDED_COLUMNS if column not in fields]:
         raise ConfigError(f"{where} names no {' and no '.join(lacking)}; each row needs both")
@@ -216,7 +217,7 @@ def _networks(args: argparse.Namespace) -> Networks:
 
 
 def _sheet_rows(scene: Scene) -> list[tuple[str, list[np.ndarray]]]:
-    from ..metrics.report import METHODS
+    from ..metrics.scene import METHODS
 
     rows = [("style", [scene.style_image])]
     for method in METHODS:

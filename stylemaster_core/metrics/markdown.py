@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .report import METHODS, METRICS, RESULT, Missing, Report, Score
+from .report import METRICS, Missing, Report, Score
+from .scene import METHODS, RESULT
 
 FORMAT_VERSION = 1
 

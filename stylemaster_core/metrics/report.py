@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,21 +11,18 @@ import torch
 from torch import Tensor
 
 from ..data.images import read_image
-from ..data.videos import read_video
-from ..errors import ConfigError, LayoutError
-from .baselines import reinhard
+from ..errors import ConfigError
 from .colour import colour_signature, signature_distance
 from .content import fit_frames, luma_correlation, ssim
 from .motion import frame_difference, warping_error
 from .perceptual import Lpips, art_fid, clip_text_score, csd_score, frechet_distance
 from .retrieval import EmbedPictures, embed_clip, p_own_nearer, retrieval_at_1
+from .scene import METHODS, TRUE_FILTER, UNCHANGED, Row, Scene, read_scene
 from .texture import texture_signature
 
 if TYPE_CHECKING:
     from ..models.clip_text import ClipText
 
-RESULT, UNCHANGED, REINHARD, TRUE_FILTER = "result", "content unchanged", "Reinhard", "true filter"
-METHODS = (RESULT, UNCHANGED, REINHARD, TRUE_FILTER)
 # Metric: what it says, and which way is better.
 METRICS = {
     "colour": ("colour distance to the style picture", "lower"),
@@ -58,27 +54,6 @@ Score = float | Missing
 
 
 @dataclass(frozen=True)
-class Row:
-    """One result to judge.
-
-    Attributes:
-        name: unique among the rows.
-        style: the style picture.
-        result: video or folder of images.
-        content: the video it was made of; None for text-to-video.
-        prompt: what was asked for; empty where unknown.
-        true_filter: the style applied to the content by a formula, where there is one.
-    """
-
-    name: str
-    style: Path
-    result: Path
-    content: Path | None = None
-    prompt: str = ""
-    true_filter: Path | None = None
-
-
-@dataclass(frozen=True)
 class Networks:
     """Networks that some metrics need; None where they are not at hand.
 
@@ -102,21 +77,6 @@ class Networks:
 
     def lacking(self, metric: str) -> Missing:
         return Missing(self.missing.get(metric, f"no network for {METRICS[metric][0]} was given"))
-
-
-@dataclass
-class Scene:
-    """The clips of a row, all of the result's size and length.
-
-    Attributes:
-        style_image: uint8 [H, W, 3].
-        clips: uint8 [T, H, W, 3] by method; methods that the row has no clip for are left out.
-        shuffled: the content of another row; None without.
-    """
-
-    style_image: np.ndarray
-    clips: dict[str, np.ndarray]
-    shuffled: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -191,44 +151,6 @@ def evaluate(
     settings = {"seed": seed, "num_candidates": num_candidates, "max_frames": max_frames}
     settings["num_style_pictures"] = len(references)
     return Report(list(rows), scores, summary, num_measured, settings)
-
-
-def read_scene(
-    rows: Sequence[Row], number: int, style_image: np.ndarray, max_frames: int | None = None
-) -> Scene:
-    """Read the clips of a row and make its baselines; all get the result's size and length.
-
-    Raises:
-        LayoutError: if a file cannot be read, or a clip is shorter than the result.
-    """
-    row = rows[number]
-    result = read_video(row.result, max_frames=max_frames).frames
-    length, height, width, _ = result.shape
-    clips = {RESULT: result}
-    if row.content is not None:
-        clips[UNCHANGED] = _beside(row.content, length, height, width)
-        clips[REINHARD] = reinhard(clips[UNCHANGED], style_image)
-    if row.true_filter is not None:
-        clips[TRUE_FILTER] = _beside(row.true_filter, length, height, width)
-    # Whose content stands for "another": the next row's that shows something else.
-    later = [*rows[number + 1 :], *rows[:number]]
-    own = None if row.content is None else row.content.resolve()
-    others = [r.content for r in later if r.content is not None and r.content.resolve() != own]
-    shuffled = None
-    if own is not None and others:
-        other = read_video(others[0], max_frames=length).frames
-        shuffled = fit_frames(other[np.arange(length) % len(other)], height, width)
-    return Scene(fit_frames(style_image[None], height, width)[0], clips, shuffled)
-
-
-def _beside(path: Path, length: int, height: int, width: int) -> np.ndarray:
-    frames = read_video(path, max_frames=length).frames
-    if len(frames) < length:
-        raise LayoutError(
-            f"{path} has {len(frames)} frames, its result {length}; they are compared frame by "
-            "frame: cut the result, or look at fewer frames"
-        )
-    return fit_frames(frames, height, width)
 
 
 class _References:

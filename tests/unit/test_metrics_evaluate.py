@@ -11,9 +11,12 @@ from stylemaster_core.cli import main
 from stylemaster_core.data.demo_scene import demo_clip, demo_styles
 from stylemaster_core.data.images import read_image, write_image
 from stylemaster_core.data.videos import write_video
+from stylemaster_core.metrics.colour import colour_distance
 from stylemaster_core.metrics.content import luma
 from stylemaster_core.metrics.markdown import to_json, to_markdown
-from stylemaster_core.metrics.report import METHODS, METRICS, Missing, Networks, Row, evaluate
+from stylemaster_core.metrics.report import METRICS, Missing, Networks, evaluate
+from stylemaster_core.metrics.scene import METHODS, Row
+from stylemaster_core.metrics.texture import gabor_distance
 
 NUM_FRAMES, HEIGHT, WIDTH = 3, 48, 64
 PALETTES = {
@@ -23,10 +26,10 @@ PALETTES = {
 PERIODS = {"warm": 4, "cold": 9}
 
 
-def stylized(frames, name):
+def stylized(frames, name, texture=None):
     """A palette and stripes: both colour and texture tell the two styles apart."""
     y, x = np.mgrid[0 : frames.shape[1], 0 : frames.shape[2]]
-    stripes = np.sin(2 * np.pi * (x + y) / PERIODS[name])[None] > 0.2
+    stripes = np.sin(2 * np.pi * (x + y) / PERIODS[texture or name])[None] > 0.2
     tones = (luma(frames) * 4).astype(int).clip(0, 3)
     colours = PALETTES[name][tones]
     return np.where(stripes[..., None], colours // 2, colours).astype(np.uint8)
@@ -191,6 +194,20 @@ def test_a_judge_retrieves_the_own_style(data):
     assert summary["content unchanged"]["retrieval"] < 1
     assert summary["result"]["art_fid"] == pytest.approx(1.25)  # FID 0
     assert isinstance(summary["true filter"]["retrieval"], Missing)
+
+
+def test_colour_and_texture_are_told_apart(data, tmp_path):
+    """Results with the own colours and the other style's stripes."""
+    rows = []
+    for name, other in (("warm", "cold"), ("cold", "warm")):
+        write_frames(tmp_path / name, stylized(demo_clip(2, HEIGHT, WIDTH), name, other))
+        rows.append(Row(name, data / name / "style.png", tmp_path / name))
+    report = evaluate(rows)
+    assert (report.summary["result"]["colour_p"], report.summary["result"]["gabor_p"]) == (1, 0)
+    clip, style = stylized(demo_clip(2, HEIGHT, WIDTH), "warm", "cold"), read_image(rows[0].style)
+    scores = report.scores[0]["result"]
+    assert scores["colour"] == pytest.approx(colour_distance(clip, style[None]))
+    assert scores["gabor"] == pytest.approx(gabor_distance(clip, style[None]))
 
 
 def test_one_row_says_what_it_cannot_tell(data):
