@@ -68,8 +68,6 @@ def run(args: argparse.Namespace) -> int:
     from ..pipelines.pictures import contact_sheet
 
     rows = read_rows(args.pairs)
-    if args.max_frames is not None and args.max_frames < 1:
-        raise ConfigError(f"--max-frames {args.max_frames}; expected at least 1")
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}; expected at least 0")
     out = args.out

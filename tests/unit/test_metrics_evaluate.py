@@ -10,13 +10,16 @@ import torch
 from stylemaster_core.cli import main
 from stylemaster_core.data.demo_scene import demo_clip, demo_styles
 from stylemaster_core.data.images import read_image, write_image
-from stylemaster_core.data.videos import write_video
+from stylemaster_core.data.videos import read_video, write_video
 from stylemaster_core.metrics.colour import colour_distance
 from stylemaster_core.metrics.content import luma
 from stylemaster_core.metrics.markdown import to_json, to_markdown
+from stylemaster_core.metrics.motion import warping_error
 from stylemaster_core.metrics.report import METRICS, Missing, Networks, evaluate
 from stylemaster_core.metrics.scene import METHODS, Row
 from stylemaster_core.metrics.texture import gabor_distance
+from stylemaster_core.models.small import write_small_models
+from stylemaster_core.weights.files import read_state_dict, write_state_dict
 
 NUM_FRAMES, HEIGHT, WIDTH = 3, 48, 64
 PALETTES = {
@@ -208,6 +211,39 @@ def test_colour_and_texture_are_told_apart(data, tmp_path):
     scores = report.scores[0]["result"]
     assert scores["colour"] == pytest.approx(colour_distance(clip, style[None]))
     assert scores["gabor"] == pytest.approx(gabor_distance(clip, style[None]))
+
+
+def test_art_fid_without_lpips_is_no_number(data):
+    rows = [Row(n, data / n / "style.png", data / n / "result") for n in PALETTES]
+    networks = Networks(inception=lambda frames: torch.zeros(len(frames), 3))
+    score = evaluate(rows, networks).summary["result"]["art_fid"]
+    assert isinstance(score, Missing) and "needs LPIPS" in score.reason
+
+
+def test_the_flow_of_the_warping_error_is_the_contents(data):
+    row = Row("warm", data / "warm/style.png", data / "warm/result", data / "warm/content")
+    frames, content = (read_video(path).frames for path in (row.result, row.content))
+    score = evaluate([row]).summary["result"]["warping"]
+    assert score == pytest.approx(warping_error(frames, content))
+    assert score != pytest.approx(warping_error(frames))
+
+
+def test_weights_of_networks_are_used(data, tmp_path):
+    """CSD's and CLIP's small random doubles: CSD judges, CLIP alone does not suffice for CLIP-T."""
+    small = write_small_models(tmp_path / "models")
+    tensors = read_state_dict(small.image_encoder / "model.safetensors").tensors
+    style = tensors.pop("visual_projection.weight").T.contiguous()
+    csd = {f"backbone.{key}": value for key, value in tensors.items()}
+    write_state_dict(tmp_path / "csd.safetensors", {**csd, "last_layer_style": style})
+    assert run(data, tmp_path / "out", "--csd", str(tmp_path / "csd.safetensors")) == 0
+    summary = json.loads((tmp_path / "out" / "report.json").read_text())["summary"]["result"]
+    assert -1 <= summary["csd"]["value"] <= 1 and summary["csd"]["rows"] == 3
+    assert summary["retrieval"]["value"] in (0, 1 / 3, 2 / 3, 1)
+    assert "not_measured" in summary["clip_t"]["value"]
+    assert run(data, tmp_path / "clip", "--image-encoder", str(small.image_encoder)) == 0
+    summary = json.loads((tmp_path / "clip" / "report.json").read_text())["summary"]["result"]
+    assert summary["retrieval"]["rows"] == 3
+    assert "not_measured" in summary["csd"]["value"]
 
 
 def test_one_row_says_what_it_cannot_tell(data):
