@@ -31,6 +31,15 @@ def names() -> list[str]:
     return sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
 
 
+def sampling_names() -> list[str]:
+    """Those that make pictures or videos; the others train."""
+    return [name for name in names() if _has(load(name), "StyleMasterSampler")]
+
+
+def _has(workflow: Mapping[str, Any], class_type: str) -> bool:
+    return any(node["class_type"] == class_type for node in workflow.values())
+
+
 def load(name: str) -> dict[str, Any]:
     """A workflow as it is shipped, in API format."""
     return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))

@@ -34,6 +34,8 @@ def get(ui: browser.Ui, path: str) -> Any:
 def test_the_templates_are_listed_and_open(ui):
     templates = get(ui, "/api/workflow_templates")
     assert set(templates[server.PACK_NAME]) == set(names())
+    # Pictures out of sight are not loaded.
+    ui.page.set_viewport_size({"width": browser.WIDTH_PX, "height": 2 * browser.HEIGHT_PX})
     ui.command("Comfy.BrowseTemplates")
     ui.page.get_by_role("dialog").get_by_text(server.PACK_NAME, exact=True).click()
     for name in names():
@@ -49,6 +51,7 @@ def test_the_templates_are_listed_and_open(ui):
     ui.page.wait_for_timeout(500)
     assert "wan2.1_t2v_1.3B_fp16.safetensors" in ui.page.get_by_role("dialog").inner_text()
     ui.page.keyboard.press("Escape")
+    ui.page.set_viewport_size({"width": browser.WIDTH_PX, "height": browser.HEIGHT_PX})
 
 
 @pytest.mark.parametrize("name", names())

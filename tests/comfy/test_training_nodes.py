@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.comfy import server, small_models, test_nodes
+from tests.comfy import server, shipped_workflows, small_models, test_nodes
 from tests.comfy.test_nodes import node
 
 RUN = {
@@ -176,6 +176,41 @@ def test_interrupt_resume_and_use(comfy, comfy_models):
     assert result.node_seconds["train"] < 2 and target.read_bytes() == before
     assert "exists and is not overwritten" in refusal(comfy, workflow(run_name="other"))
     assert target.read_bytes() == before
+
+
+def test_the_shipped_workflow(comfy, comfy_models):
+    """As it is shipped but for models, sizes, steps and the name of the trained file."""
+    name = "train_motion_adapter"
+    settings = next(
+        node["inputs"]["settings"]
+        for node in shipped_workflows.load(name).values()
+        if "settings" in node["inputs"]
+    )
+    encoders = {key: CACHE["inputs"][key] for key in CACHE["inputs"] if key.endswith("_name")}
+    graph = shipped_workflows.small(
+        name,
+        {
+            "Folder of pictures": {"still_frames": 5},
+            "Encode them as still clips": {
+                **encoders,
+                "width": 32,
+                "height": 32,
+                "num_frames": 5,
+            },
+            "Train the motion adapter": {
+                "base_model": small_models.TRANSFORMER_FILE,
+                "file_name": "shipped",
+                "steps": 2,
+                "accumulation": 2,
+                "sample_every": 1,
+                "settings": f"{settings}\n{RUN['settings']}\nrun.sample_steps=2",
+            },
+        },
+    )
+    outputs = run(comfy, graph).outputs
+    assert (comfy_models / "loras" / "shipped.safetensors").is_file()
+    samples = outputs[shipped_workflows.node_titled(graph, "Sample pictures")]["images"]
+    assert len(samples) == 2
 
 
 def sampler(model: str) -> dict[str, Any]:

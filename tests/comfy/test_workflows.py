@@ -1,4 +1,4 @@
-"""Every shipped workflow on a real server, with small random models in the place of real ones."""
+"""Every shipped workflow that samples, on a real server, with small random models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.comfy.shipped_workflows import (
     LONG_FRAMES,
     STEPS,
     WIDTH,
-    names,
     node_titled,
+    sampling_names,
     small,
     write_inputs,
     write_models,
@@ -84,7 +84,7 @@ def equal(first: np.ndarray, second: np.ndarray) -> bool:
     return first.shape == second.shape and bool(np.abs(first - second).max() <= 1)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", sampling_names())
 def test_it_finishes(comfy, name):
     workflow = small(name)
     outputs = run(comfy, workflow).outputs
@@ -98,7 +98,7 @@ def test_it_finishes(comfy, name):
         assert frames.std() > 5  # a picture of something, not of one colour
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", sampling_names())
 def test_its_own_input_matters(comfy, comfy_models, name):
     if name == "saved_style":
         mixture = small("style_blend", {"Keep the mixture": {"filename_prefix": "other"}})
@@ -109,7 +109,7 @@ def test_its_own_input_matters(comfy, comfy_models, name):
     assert not equal(before, after)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", sampling_names())
 def test_equal_seeds_are_equal_and_others_not(comfy, name):
     workflow = small(name)
     samplers = [

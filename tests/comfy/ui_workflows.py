@@ -67,6 +67,11 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "SaveImage",
     ),
 }
+_TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
+    "1  Pictures": ("StyleMasterDataset", "StyleMasterEncodeDataset"),
+    "2  Training": ("StyleMasterTrainMotionAdapter",),
+    "3  What came of it": ("StyleMasterTrainingMonitor", "PreviewImage"),
+}
 # Room for what a node shows once it has run; the others are as large as the editor makes them.
 _SIZES = {
     "CLIPTextEncode": (320, 120),
@@ -75,6 +80,8 @@ _SIZES = {
     "PreviewImage": (320, 250),
     "SaveVideo": (380, 340),
     "SaveImage": (380, 340),
+    "StyleMasterTrainMotionAdapter": (380, 820),
+    "StyleMasterTrainingMonitor": (380, 360),
 }
 _WIDTH, _TITLE, _GAP, _TALLEST = 320, 30, 30, 1400
 _NOTE_SIZE = (440, 460)
@@ -152,13 +159,14 @@ def finish(graph: dict[str, Any], note: str) -> dict[str, Any]:
 
 
 def _arrange(graph: dict[str, Any]) -> None:
-    known = {class_ for classes in _GROUPS.values() for class_ in classes}
-    left_out = [node["type"] for node in graph["nodes"] if node["type"] not in known]
+    types = {node["type"] for node in graph["nodes"]}
+    groups = _TRAINING_GROUPS if "StyleMasterEncodeDataset" in types else _GROUPS
+    left_out = types - {class_ for classes in groups.values() for class_ in classes}
     if left_out:
-        raise ValueError(f"put these classes into a group: {left_out}")
+        raise ValueError(f"put these classes into a group: {sorted(left_out)}")
     left = 0.0
     graph["groups"] = []
-    for title, classes in _GROUPS.items():
+    for title, classes in groups.items():
         chosen = [node for node in graph["nodes"] if node["type"] in classes]
         if not chosen:
             continue

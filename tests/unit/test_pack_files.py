@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 
 from stylemaster_core.queue.workflow import find_role, load_workflow, seed_targets
+from stylemaster_core.training.config import PRESETS
 from stylemaster_core.weights.manifest import load_manifest
 from tests.comfy import shipped_workflows, ui_workflows
 
 PACK = Path(__file__).parents[2]
 WORKFLOWS = shipped_workflows.FOLDER
 NAMES = shipped_workflows.names()
+SAMPLING = shipped_workflows.sampling_names()
 DOCS = PACK / "web" / "docs"
 CONTROLLED = {"video_to_video", "image_restyle", "long_video"}
 
@@ -44,6 +46,7 @@ def test_there_is_one_of_each():
         "saved_style",
         "motion_scale_sweep",
         "long_video",
+        "train_motion_adapter",
     } <= set(NAMES)
     assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(NAMES)
     assert {path.stem for path in WORKFLOWS.glob("*.jpg")} == set(NAMES)
@@ -67,7 +70,7 @@ def test_links_join_nodes_of_the_workflow(name):
             assert node["inputs"].keys() <= known[node["class_type"]]["inputs"].keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SAMPLING)
 def test_the_queue_finds_what_it_sets(name):
     workflow = load_workflow(WORKFLOWS / "api" / f"{name}.json")
     assert find_role(workflow, "prompt").input == "text"
@@ -78,7 +81,7 @@ def test_the_queue_finds_what_it_sets(name):
         assert find_role(workflow, "video").input == "file"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SAMPLING)
 def test_numbers_are_the_releases(name):
     nodes = shipped_workflows.load(name).values()
     samplers = [node["inputs"] for node in nodes if node["class_type"] == "StyleMasterSampler"]
@@ -93,6 +96,25 @@ def test_numbers_are_the_releases(name):
             assert node["inputs"]["factor"] == 8
         if node["class_type"] == "StyleMasterTextureSelector":
             assert (node["inputs"]["mode"], node["inputs"]["drop_rate"]) == ("release", 0.95)
+
+
+def test_numbers_of_the_training_are_the_presets():
+    dataset, cache, trainer, *_ = shipped_workflows.load("train_motion_adapter").values()
+    inputs, preset = trainer["inputs"], PRESETS["motion"]
+    assert (inputs["steps"], inputs["save_every"]) == (preset.run.num_steps, preset.run.save_every)
+    assert inputs["batch_size"] == preset.run.batch_size
+    assert inputs["accumulation"] == preset.run.accumulation
+    assert inputs["learning_rate"] == preset.optimizer.lr
+    assert inputs["rank"] == preset.motion.rank
+    assert inputs["sample_every"] > 0, "without samples nothing is previewed"
+    assert dataset["inputs"]["still_frames"] == cache["inputs"]["num_frames"]
+    sweep = shipped_workflows.load("motion_scale_sweep").values()
+    loaded = {
+        node["inputs"]["adapter_name"]
+        for node in sweep
+        if node["class_type"] == "StyleMasterMotionAdapter"
+    }
+    assert loaded == {inputs["file_name"] + ".safetensors"}
 
 
 @pytest.mark.parametrize("name", NAMES)

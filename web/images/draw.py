@@ -74,13 +74,13 @@ class Sheet:
         base = np.array(end) - 12 * direction
         self.draw.polygon([tuple(p) for p in (end, base + 8 * side, base - 8 * side)], SUN)
 
-    def file(self, centre: Point, label: str) -> None:
+    def file(self, centre: Point, label: str, kind: str = "style") -> None:
         """A sheet of paper with a folded corner."""
         x, y = centre
         outline = [(x - 45, y - 60), (x + 20, y - 60), (x + 45, y - 35), (x + 45, y + 60)]
         self.draw.polygon([*outline, (x - 45, y + 60)], PAPER)
         self.draw.polygon([(x + 20, y - 60), (x + 20, y - 35), (x + 45, y - 35)], INK)
-        self.text((x, y), "style", 22, NIGHT)
+        self.text((x, y), kind, 22, NIGHT)
         self.text((x, y + 78), label)
 
     def prompt(self, centre: Point) -> None:
@@ -186,6 +186,19 @@ def draw_thumbnails() -> None:
     s.arrow((280, 260), (280, 288))
     s.film((280, 334), (500, 80))
     save_jpg(s, "long_video")
+
+    s = sheet("Train a motion adapter")
+    pictures = [*styles.values()]
+    for y, picture in zip((110, 215, 320), pictures, strict=True):
+        s.picture((75, y), picture, (80, 80))
+        s.arrow((130, y), (165, y))
+        for i in range(4):
+            s.picture((205 + 26 * i, y), picture, (66, 66))
+        s.arrow((330, y), (395, 215 + (y - 215) / 4))
+    s.text((75, 382), "pictures")
+    s.text((244, 382), "clips that stand still")
+    s.file((465, 215), "motion adapter", "LoRA")
+    save_jpg(s, "train_motion_adapter")
 
 
 def draw_icon() -> Image.Image:
