@@ -246,6 +246,15 @@ def test_weights_of_networks_are_used(data, tmp_path):
     assert "not_measured" in summary["csd"]["value"]
 
 
+def test_the_true_filter_is_the_clip_that_was_named(data):
+    content = data / "warm/content"
+    row = Row("warm", data / "warm/style.png", data / "warm/result", content, true_filter=content)
+    summary = evaluate([row]).summary
+    assert summary["true filter"]["colour"] == summary["content unchanged"]["colour"]
+    assert summary["true filter"]["difference_true"] == pytest.approx(1)
+    assert summary["result"]["difference_true"] == summary["result"]["difference_content"]
+
+
 def test_one_row_says_what_it_cannot_tell(data):
     row = Row("one | <b>", data / "warm/style.png", data / "warm/result", data / "warm/content")
     report = evaluate([row], max_frames=1)
