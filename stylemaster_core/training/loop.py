@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -119,7 +120,9 @@ def train(
             trainer, data, validation, out, stop, cpu=cpu, decode=decode, progress=progress
         )
         try:
-            return loop.run(resume=resume)
+            result = loop.run(resume=resume)
+            loop.accelerator.wait_for_everyone()
+            return result
         finally:
             loop.close()
 
@@ -184,6 +187,11 @@ class _Loop:
     def close(self) -> None:
         if self.stats is not None:
             self.stats.close()
+        # The wrapped model holds on to the process group: left to be freed after it, a process can
+        # hang for ever in the end (seen with gloo).
+        del self.model, self.optimizer
+        self.accelerator.free_memory()
+        gc.collect()
         self.accelerator.end_training()
 
     def run(self, *, resume: bool) -> TrainResult:
