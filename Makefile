@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-CHECKED := stylemaster_core nodes tests bench web __init__.py
+CHECKED := stylemaster_core nodes tests bench web recipes __init__.py
 
 .PHONY: demo test lint types unit comfy clean
 
