@@ -8,6 +8,9 @@ those of the text, and share the text's query and output projection:
 Keys and values depend on the style alone, so `StyleAttention` makes them once for a whole
 generation (`StyleKV`), and a block only ever sees plain tensors (`BlockStyle`). Both hosts,
 diffusers' Wan and ComfyUI's native Wan, call `style_residual`.
+
+StyleCrafter's branch (sec. 3.3) is the same with two more things: `norm_style`, a LayerNorm on what
+the style's attention gives, and a gain per block. On SDXL it is `stylecrafter_sdxl`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, LayoutError, WeightsError
 
 NORM_K_IMG_EPS = 1e-5  # every other norm of the transformer has 1e-6
+NORM_STYLE_EPS = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,8 @@ class StyleRegion:
             grid.
         start: first part of the sampling, 0..1, in which the style acts.
         end: last part of the sampling, inclusive.
+        gains: [B or 1, blocks] factors 1 + s that a StyleCrafter adapter predicts from the prompt
+            and the style (`StyleCrafterEncoder.gains`); None for all 1, as in StyleMaster.
     """
 
     tokens: Tensor
@@ -47,6 +53,7 @@ class StyleRegion:
     mask: Tensor | None = None
     start: float = 0.0
     end: float = 1.0
+    gains: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 3:
@@ -64,13 +71,26 @@ class StyleRegion:
             raise LayoutError(
                 f"a style mask must be [h, w] or [t, h, w], got {list(self.mask.shape)}"
             )
+        if self.gains is not None and not (
+            self.gains.ndim == 2 and torch.isfinite(self.gains).all()
+        ):
+            raise LayoutError(
+                f"gains must be finite numbers [B, blocks], got {list(self.gains.shape)}"
+            )
+
+
+Norm = tuple[Tensor, Tensor]  # weight and bias of a LayerNorm
 
 
 class StyleKV(NamedTuple):
-    """Keys and values of one style for all blocks, strength folded into the values."""
+    """Keys and values of one style for all blocks.
+
+    The strength is folded into the norm if there is one, otherwise into the values.
+    """
 
     keys: Tensor  # [blocks, B, S, D]
     values: Tensor  # [blocks, B, S, D]
+    norm: Norm | None = None  # each [blocks, B or 1, 1, D]
 
 
 class BlockStyle(NamedTuple):
@@ -84,6 +104,7 @@ class BlockStyle(NamedTuple):
     values: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]  # empty, or one per region and one for what no region covers
     no_style: Tensor | None  # [D] or [B, 1, D]; None: rows without style get nothing at all
+    norms: tuple[Norm, ...] = ()  # per region, each [B or 1, 1, D]; empty: there are none
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:
@@ -105,7 +126,8 @@ def style_residual(query: Tensor, style: BlockStyle, num_heads: int) -> Tensor:
     Returns:
         [B, L or 1, D] residual, not yet added.
 
-    Source: StyleMaster, sec. 3.2. Deviation: none for one style without a mask; masks are ours.
+    Source: StyleMaster, sec. 3.2, and, with norms, StyleCrafter, sec. 3.3. Deviation: none for one
+    style without a mask; masks are ours.
     """
     num_styled = style.keys[0].shape[0] if style.keys else 0
     num_plain = query.shape[0] - num_styled
@@ -119,12 +141,29 @@ def style_residual(query: Tensor, style: BlockStyle, num_heads: int) -> Tensor:
             attend(styled_query, k, v, num_heads)
             for k, v in zip(style.keys, style.values, strict=True)
         ]
+        if style.norms:
+            parts = [
+                style_norm(part) * weight + bias
+                for part, (weight, bias) in zip(parts, style.norms, strict=True)
+            ]
         if style.masks:
             parts = [part * mask for part, mask in zip(parts, style.masks, strict=False)]
             if style.no_style is not None:
                 parts.append(style.masks[-1] * style.no_style)
         rows.append(sum(parts[1:], parts[0]))
     return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def style_norm(x: Tensor) -> Tensor:
+    """LayerNorm without weight and bias over the whole width, all heads together."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_STYLE_EPS)
+
+
+def scaled_norm(norm: nn.LayerNorm, scale: float | Tensor) -> Norm:
+    """Weight and bias [B or 1, 1, D] of a norm, times a number or one per sample [B]."""
+    if isinstance(scale, Tensor):
+        scale = scale[:, None, None].to(norm.weight)
+    return norm.weight[None, None] * scale, norm.bias[None, None] * scale
 
 
 def region_masks(regions: Sequence[StyleRegion], grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
@@ -165,13 +204,14 @@ def _token_mask(mask: Tensor | None, grid: tuple[int, int, int]) -> Tensor:
 
 
 class StyleProjection(nn.Module):
-    """k_img, v_img and norm_k_img of one block (names of the release)."""
+    """k_img, v_img and norm_k_img of one block (names of the release), perhaps norm_style."""
 
-    def __init__(self, style_width: int, width: int) -> None:
+    def __init__(self, style_width: int, width: int, *, norm_style: bool = False) -> None:
         super().__init__()
         self.k_img = nn.Linear(style_width, width)
         self.v_img = nn.Linear(style_width, width)
         self.norm_k_img = nn.RMSNorm(width, eps=NORM_K_IMG_EPS)
+        self.norm_style = nn.LayerNorm(width, eps=NORM_STYLE_EPS) if norm_style else None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.norm_k_img(self.k_img(tokens)), self.v_img(tokens)
@@ -193,11 +233,32 @@ class StyleProjection(nn.Module):
 class StyleAttention(nn.Module):
     """The style branch of all blocks; makes `StyleKV` from style tokens, once per generation."""
 
-    def __init__(self, num_blocks: int, style_width: int, width: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        style_width: int,
+        width: int,
+        *,
+        norm_style: bool = False,
+        bypass: bool = False,
+    ) -> None:
+        """Make the modules.
+
+        Args:
+            num_blocks: blocks of the transformer.
+            style_width: of the style tokens.
+            width: of the transformer.
+            norm_style: whether there is StyleCrafter's LayerNorm.
+            bypass: whether "no style" is the base model, as in StyleCrafter; otherwise it is what
+                all-zero tokens give.
+        """
         super().__init__()
+        self.bypass = bypass
         # ModuleDict, so that keys read blocks.N.cross_attn.k_img.weight as in the release.
         self.blocks = nn.ModuleList(
-            nn.ModuleDict({"cross_attn": StyleProjection(style_width, width)})
+            nn.ModuleDict(
+                {"cross_attn": StyleProjection(style_width, width, norm_style=norm_style)}
+            )
             for _ in range(num_blocks)
         )
 
@@ -226,10 +287,11 @@ class StyleAttention(nn.Module):
         return [region.scale * scale for scale in scales]
 
     def forward(self, region: StyleRegion) -> StyleKV:
-        """Keys and values of a style, strength folded into the values: attention is linear in them.
+        """Keys and values of a style, strength folded in: all that follows is linear in it.
 
         Raises:
-            LayoutError: if the tokens are of another width than the adapter's.
+            LayoutError: if the tokens are of another width than the adapter's, or the gains are for
+                other blocks.
         """
         weight = self._block(0).k_img.weight
         if region.tokens.shape[-1] != weight.shape[1]:
@@ -240,31 +302,56 @@ class StyleAttention(nn.Module):
         tokens = region.tokens.to(weight)
         pairs = [self._block(i)(tokens) for i in range(len(self.blocks))]
         scales = self.block_scales(region)
-        return StyleKV(
-            torch.stack([key for key, _ in pairs]),
-            torch.stack([value * scale for (_, value), scale in zip(pairs, scales, strict=True)]),
-        )
+        gains = region.gains
+        if gains is not None and gains.shape[1] != len(self.blocks):
+            raise LayoutError(
+                f"got gains for {gains.shape[1]} blocks, the model has {len(self.blocks)}; predict "
+                "them with the adapter that the style is used with"
+            )
+        keys = torch.stack([key for key, _ in pairs])
+        norms = [self._block(i).norm_style for i in range(len(self.blocks))]
+        if None in norms:
+            values = [value * scale for (_, value), scale in zip(pairs, scales, strict=True)]
+            if gains is not None:
+                factors = gains.to(weight).unbind(1)
+                values = [v * f[:, None, None] for v, f in zip(values, factors, strict=True)]
+            return StyleKV(keys, torch.stack(values))
+        strengths = scales if gains is None else (gains * gains.new_tensor(scales)).unbind(1)
+        scaled = [scaled_norm(n, s) for n, s in zip(norms, strengths, strict=True)]  # type: ignore[arg-type]
+        weights, biases = (torch.stack(parts) for parts in zip(*scaled, strict=True))
+        return StyleKV(keys, torch.stack([value for _, value in pairs]), (weights, biases))
 
     def no_style(self, regions: Sequence[StyleRegion]) -> Tensor:
-        """What "no style" (all-zero tokens) adds in each block: [blocks, D].
+        """What "no style" (all-zero tokens) adds in each block: [blocks, D]; all 0 with `bypass`.
 
         Zero tokens have equal keys, so attention is uniform and gives v_img's bias exactly.
         Strength scales it like the style itself, so that strength 0 is the base model; of several
         regions the strongest counts.
         """
+        if self.bypass:
+            bias = self._block(0).v_img.bias
+            return bias.new_zeros(len(self.blocks), self.width)
         scales = zip(*(self.block_scales(region) for region in regions), strict=True)
         return torch.stack(
             [self._block(i).v_img.bias * max(scale) for i, scale in enumerate(scales)]
         )
 
 
+def is_branch_key(key: str) -> bool:
+    """Whether a tensor belongs to the style branch of a block."""
+    return "_img." in key or ".norm_style." in key
+
+
 def create_style_attention(state_dict: dict[str, Tensor]) -> StyleAttention | None:
     """Build the style branch from keys `blocks.N.cross_attn.{k,v,norm_k}_img.*`; None if absent.
+
+    With `norm_style`, or beside a scale predictor, it is StyleCrafter's, where "no style" is the
+    base model.
 
     Raises:
         WeightsError: for missing, unexpected or wrongly shaped keys.
     """
-    weights = {k: v for k, v in state_dict.items() if "_img." in k}
+    weights = {k: v for k, v in state_dict.items() if is_branch_key(k)}
     if not weights:
         return None
     from ..weights.state_dict import check_keys
@@ -277,8 +364,12 @@ def create_style_attention(state_dict: dict[str, Tensor]) -> StyleAttention | No
         )
     width, style_width = first.shape
     num_blocks = len({key.split(".")[1] for key in weights if key.endswith(".k_img.weight")})
+    has_norm = any(".norm_style." in key for key in weights)
+    has_scales = any(key.startswith("scale_predictor.") for key in state_dict)
     with torch.device("meta"):
-        module = StyleAttention(num_blocks, style_width, width)
+        module = StyleAttention(
+            num_blocks, style_width, width, norm_style=has_norm, bypass=has_norm or has_scales
+        )
     check_keys(
         {k: tuple(v.shape) for k, v in weights.items()},
         {k: tuple(v.shape) for k, v in module.state_dict().items()},

@@ -74,6 +74,31 @@ class ImageEncoder:
         Raises:
             LayoutError: for another shape, or NaN or infinity in the images.
         """
+        output = self._run(pixels)
+        return ImageFeatures(output.last_hidden_state, output.image_embeds)
+
+    @torch.no_grad()
+    def penultimate(self, pixels: Tensor) -> Tensor:
+        """What StyleCrafter's SDXL adapter sees: [B, 257, 1280] before the last layer, CLS first.
+
+        Args and Raises as `encode`.
+        """
+        return self._run(pixels, output_hidden_states=True).hidden_states[-2]
+
+    @torch.no_grad()
+    def stylecrafter_video(self, pixels: Tensor) -> Tensor:
+        """What StyleCrafter's video adapter sees: [B, 257, 1280] of the last layer, CLS first.
+
+        CLS has passed the post-layernorm, the patches have not.
+
+        Args:
+            pixels: from `stylecrafter_video_pixels`.
+        """
+        tokens = self._run(pixels).last_hidden_state
+        first = self.model.vision_model.post_layernorm(tokens[:, :1])
+        return torch.cat([first, tokens[:, 1:]], dim=1)
+
+    def _run(self, pixels: Tensor, **options: Any) -> Any:
         expected = [3, self.image_size, self.image_size]
         if pixels.ndim != 4 or list(pixels.shape[1:]) != expected:
             raise LayoutError(
@@ -82,8 +107,7 @@ class ImageEncoder:
             )
         if not torch.isfinite(pixels).all():
             raise LayoutError("the images for CLIP hold NaN or infinity; check the style image")
-        output = self.model(pixel_values=pixels.to(self.device, self.dtype))
-        return ImageFeatures(output.last_hidden_state, output.image_embeds)
+        return self.model(pixel_values=pixels.to(self.device, self.dtype), **options)
 
 
 def load_image_encoder(

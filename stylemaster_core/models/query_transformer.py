@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -29,9 +30,9 @@ class ResidualAttentionBlock(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         normed = self.ln_1(x)
-        x = x + self.attn(normed, normed, normed, need_weights=False)[0]
+        x = x + self.attn(normed, normed, normed, key_padding_mask=padding, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -51,9 +52,12 @@ class QueryTransformer(nn.Module):
         self.ln2 = nn.LayerNorm(width)
         self.projection = nn.Parameter(torch.randn(width, out_width) * width**-0.5)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
+        """`padding` [B, N] is True for features that nothing attends to; None for none of them."""
         queries = self.queries.expand(features.shape[0], -1, -1)
+        if padding is not None:
+            padding = F.pad(padding, (queries.shape[1], 0), value=False)
         x = self.ln1(torch.cat([queries, features], dim=1))
         for block in self.transformer_blocks.resblocks:  # type: ignore[union-attr]
-            x = block(x)
+            x = block(x, padding)
         return self.ln2(x[:, : queries.shape[1]]) @ self.projection

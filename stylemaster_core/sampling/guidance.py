@@ -1,4 +1,4 @@
-"""Guidance by two conditions, text and style (StyleMaster, eq. 6)."""
+"""Guidance by two conditions, text and style (StyleMaster, eq. 6; StyleCrafter, eq. 2)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,24 @@ def combine_guidance(
     return v_negative + text_scale * (v_text - v_negative) + style_scale * (v_styled - v_text)
 
 
+def combine_guidance_video(
+    e_negative: Tensor,
+    e_text: Tensor,
+    e_styled: Tensor,
+    *,
+    text_scale: float,
+    style_scale: float,
+) -> Tensor:
+    """Guidance as StyleCrafter's video code has it: it starts from the styled prediction.
+
+    The same as `combine_guidance` with both scales one higher. Arguments as there; the code's own
+    scales are 15 and 7.5, made for VideoCrafter.
+    """
+    return combine_guidance(
+        e_negative, e_text, e_styled, text_scale=text_scale + 1, style_scale=style_scale + 1
+    )
+
+
 class GuidanceWeights(NamedTuple):
     """The same guidance as a weighted sum; a branch whose weight is 0 need not be run."""
 
@@ -50,3 +68,12 @@ class GuidanceWeights(NamedTuple):
         if text_scale == 1:
             return cls(0.0, 0.0, 1.0)
         return cls(1 - text_scale, text_scale - style_scale, style_scale)
+
+    @classmethod
+    def of_stylecrafter(cls, text_scale: float, style_scale: float) -> GuidanceWeights:
+        """Weights of StyleCrafter's SDXL code: a style scale of 0 or less is no style guidance.
+
+        Then the style acts through the prompt's branch, under plain guidance: the same as equal
+        scales. Elsewhere `of` holds.
+        """
+        return cls.of(text_scale, style_scale if style_scale > 0 else text_scale)

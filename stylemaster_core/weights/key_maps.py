@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ..errors import UnsupportedHostError, WeightsError
@@ -137,6 +138,43 @@ def vae_native_to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
             "convert_wan_vae_to_diffusers. Install it with `pip install -U diffusers`."
         ) from error
     return convert_wan_vae_to_diffusers(dict(state_dict))
+
+
+def stylecrafter_video_to_sdxl(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the encoder of StyleCrafter's video release to that of its SDXL release.
+
+    Args:
+        state_dict: `image_context_model.*` and `scale_predictor.*` of adapter_v1.pth; other keys
+            are left out.
+
+    Returns:
+        The same tensors. The video release's scale predictor takes text and style as they are and
+        has no last projection; the unit matrices in their places change no number.
+
+    Raises:
+        WeightsError: if there is no scale predictor.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if key.startswith("image_context_model."):
+            renamed[key.replace(".style_emb", ".query_emb")] = value
+        elif key.startswith("scale_predictor.out."):
+            renamed[key.replace(".out.", ".out_proj.")] = value
+        elif key.startswith("scale_predictor."):
+            name = key.replace(".scale_emb", ".query_emb")
+            renamed[f"scale_predictor.{name}"] = value
+    queries = renamed.get("scale_predictor.scale_predictor.query_emb")
+    if queries is None:
+        raise WeightsError(
+            f"no 'scale_predictor.scale_emb' among {len(state_dict)} keys: this is not "
+            "StyleCrafter's video release; use adapter_v1.pth"
+        )
+    unit = torch.eye(queries.shape[-1], dtype=queries.dtype)
+    renamed["scale_predictor.scale_predictor.proj"] = unit
+    for name in ("text_proj", "style_proj"):
+        renamed[f"scale_predictor.{name}.weight"] = unit
+        renamed[f"scale_predictor.{name}.bias"] = torch.zeros_like(unit[0])
+    return renamed
 
 
 def open_clip_to_hf_vision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
