@@ -29,7 +29,7 @@ PERIODIC = tuple(
     FAMILIES.index(n) for n in ("hatch", "cross-hatch", "halftone", "mosaic", "weave", "scanlines")
 )
 NUM_HUES, NUM_ANGLES = 24, 12
-MIN_PERIOD_PX, MAX_PERIOD_PX = 6.0, 12.0
+MIN_PERIOD_PX, MAX_PERIOD_PX = 4.5, 8.0
 LEVELS = 256
 
 
@@ -109,14 +109,14 @@ def draw_style(rng: np.random.Generator, *, held_out: bool = False) -> StyleFilt
     style = StyleFilter(
         palette=palette,
         # Two colours without mixtures leave little of the content.
-        smooth=bool(rng.random() < 0.6) or len(palette) == 2,
+        smooth=bool(rng.random() < 0.75) or len(palette) == 2,
         gamma=float(np.exp(rng.uniform(-0.45, 0.45))),
         strength=float(rng.uniform(0.45, 1.0)) if rng.random() < 0.5 else 1.0,
         family=family,
         second=0,
         period_px=float(rng.uniform(MIN_PERIOD_PX, MAX_PERIOD_PX)),
         angle=_draw_angle(rng, held_out),
-        amount=float(rng.uniform(0.35, 0.85)),
+        amount=float(rng.uniform(0.25, 0.55)),
         seed=int(rng.integers(1 << 30)),
     )
     if rng.random() < 0.2:
@@ -131,7 +131,7 @@ def with_other_texture(style: StyleFilter, rng: np.random.Generator) -> StyleFil
         style,
         family=(style.family + step) % len(FAMILIES),
         period_px=float(rng.uniform(MIN_PERIOD_PX, MAX_PERIOD_PX)),
-        amount=float(rng.uniform(0.35, 0.85)),
+        amount=float(rng.uniform(0.25, 0.55)),
     )
 
 
@@ -246,12 +246,12 @@ def _ink(frame: np.ndarray, style: StyleFilter) -> np.ndarray:
     x, y = cv2.Sobel(soft, cv2.CV_32F, 1, 0), cv2.Sobel(soft, cv2.CV_32F, 0, 1)
     edge = np.clip(np.sqrt(x * x + y * y) * 1.6 - 0.1, 0, 1)
     thick = cv2.dilate(edge, np.ones((2, 2), np.uint8))
-    flat = cv2.GaussianBlur(frame, (0, 0), 1.5) * 0.6 + 0.4
+    flat = cv2.GaussianBlur(frame, (0, 0), 1.0) * 0.8 + 0.2
     return flat * (1 - thick * style.amount)[..., None]
 
 
 def _oil(frame: np.ndarray, style: StyleFilter) -> np.ndarray:
-    size = 5 if style.period_px < 7.5 else 7
+    size = 5 if style.period_px < 6.5 else 7
     small = cv2.medianBlur((frame * 255).astype(np.uint8), size).astype(np.float32) / 255
     return small + (np.round(small * 6) / 6 - small) * 0.5 * style.amount
 

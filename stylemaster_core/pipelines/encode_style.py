@@ -69,7 +69,12 @@ def encode_style(
     config = config or TextureConfig()
     shuffled = content_shuffle(image, seed=config.seed)
     with models.style_projector() as projector, models.image_encoder() as encoder:
-        views = torch.stack([clip_pixels(view, crop=config.crop) for view in (image, shuffled)])
+        views = torch.stack(
+            [
+                clip_pixels(view, crop=config.crop, size=encoder.image_size)
+                for view in (image, shuffled)
+            ]
+        )
         features = encoder.encode(views)
         view = 0 if projector.global_embeds == "image_embeds" else 1
         patches = features.patch_features[:1]

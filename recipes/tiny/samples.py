@@ -1,0 +1,253 @@
+"""Training samples of the transformer: a clip in a style, its gray tile, caption and reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stylemaster_core.data.gray_tile import gray_tile
+from stylemaster_core.data.images import clip_pixels
+from stylemaster_core.models.image_encoder import ImageEncoder
+from stylemaster_core.models.patch_vae import PatchVAE
+from stylemaster_core.models.text_encoder import HashedWordsTextEncoder
+from stylemaster_core.training.samples import Sample
+from stylemaster_core.weights.files import read_state_dict, write_state_dict
+
+from .contents import draw_clip
+from .styles import StyleFilter, draw_style
+
+REFERENCE_PX = 128
+TEXT_WIDTH, TEXT_LENGTH = 4096, 24
+# What the words of a caption do not say is left to chance: the model meets unknown words, too.
+UNKNOWN_WORDS = 0.1
+ENCODE_BATCH = 32
+
+
+class ClipSize(NamedTuple):
+    """Frames and pixels of a training clip, and the gray tile's factor."""
+
+    num_frames: int
+    height: int
+    width: int
+    tile: int = 2
+
+
+# With how many clips of each size a style is shown; fractions are drawn.
+SIZES: dict[ClipSize, float] = {
+    ClipSize(9, 64, 64): 0.8,
+    ClipSize(1, 128, 128): 0.7,
+    ClipSize(5, 128, 128): 0.25,
+    ClipSize(5, 96, 96): 0.35,
+    ClipSize(5, 64, 96): 0.2,
+    ClipSize(1, 128, 128, 4): 0.2,
+}
+STILL_SIZES: dict[ClipSize, float] = {ClipSize(5, 64, 64): 0.7, ClipSize(5, 96, 96): 0.3}
+
+
+@dataclass
+class TinySamples:
+    """Samples in memory; references are shared by the clips of a style.
+
+    Attributes:
+        latents: of the stylised clips, float16 [16, t, h, w] each.
+        controls: of the gray tiles of their contents.
+        captions: of their contents.
+        references: number of each clip's reference.
+        patch_features: float16 [R, N, C].
+        image_embeds: float16 [R, D].
+        hashes: of the models that encoded them.
+    """
+
+    latents: list[Tensor]
+    controls: list[Tensor]
+    captions: list[str]
+    references: list[int]
+    patch_features: Tensor
+    image_embeds: Tensor
+    hashes: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.ids = [str(i) for i in range(len(self.latents))]
+        self.groups = [str(reference) for reference in self.references]
+        self.sizes = [tuple(latents.shape) for latents in self.latents]
+        self.words = words_encoder()
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> Sample:
+        reference = self.references[index]
+        return {
+            "latents": self.latents[index],
+            "control_latents": self.controls[index],
+            "text": encode_words(self.words, self.captions[index]),
+            "patch_features": self.patch_features[reference],
+            "image_embeds": self.image_embeds[reference],
+        }
+
+
+_WORDS: dict[str, Tensor] = {}
+
+
+def words_encoder() -> HashedWordsTextEncoder:
+    """The text encoder of the small model."""
+    return HashedWordsTextEncoder(TEXT_WIDTH, TEXT_LENGTH)
+
+
+def encode_words(encoder: HashedWordsTextEncoder, caption: str) -> Tensor:
+    """[24, 4096]; words are drawn once, as that takes longer than a training step's share."""
+    words = [*caption.split()[: TEXT_LENGTH - 1], "</s>"]
+    text = torch.zeros(TEXT_LENGTH, TEXT_WIDTH)
+    for row, word in enumerate(words):
+        if word not in _WORDS:
+            _WORDS[word] = encoder._vector(word)
+        text[row] = _WORDS[word]
+    return text
+
+
+def draw_samples(
+    num_styles: int,
+    vae: PatchVAE,
+    encoder: ImageEncoder,
+    *,
+    seed: int,
+    held_out: bool = False,
+    still: bool = False,
+    sizes: dict[ClipSize, float] | None = None,
+    name: str = "samples",
+) -> TinySamples:
+    """Draw styles, apply them to clips and references, and encode all.
+
+    Args:
+        num_styles: how many; each has a reference, and clips of other contents.
+        vae: of the latents.
+        encoder: of the references.
+        seed: of everything.
+        held_out: draw from the styles and contents that are left out otherwise.
+        still: constant clips of one frame.
+        sizes: how many clips of which size a style is shown with.
+        name: for the progress bar.
+    """
+    sizes = sizes or SIZES
+    latents: list[Tensor] = []
+    controls: list[Tensor] = []
+    captions: list[str] = []
+    references: list[int] = []
+    pictures: list[np.ndarray] = []
+    patches, embeds = [], []
+    waiting: dict[ClipSize, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+
+    def flush(size: ClipSize) -> None:
+        items = waiting.pop(size)
+        both = [np.stack([item[i] for item in items]) for i in (1, 2)]
+        encoded = [encode_clips(vae, clips) for clips in both]
+        for row, (index, _, _) in enumerate(items):
+            latents[index], controls[index] = encoded[0][row], encoded[1][row]
+
+    for number in tqdm(range(num_styles), desc=name, unit="style"):
+        rng = np.random.default_rng([seed, int(held_out), number])
+        style = draw_style(rng, held_out=held_out)
+        pictures.append(_reference(rng, style, held_out))
+        for size, count in sizes.items():
+            for _ in range(int(count + rng.random())):
+                clip, caption = _clip(rng, size, held_out, still)
+                tile = gray_tile(clip, size.height, size.width, factor=size.tile)
+                tile_frames = ((tile.permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()
+                waiting.setdefault(size, []).append((len(latents), style.apply(clip), tile_frames))
+                latents.append(torch.empty(0))
+                controls.append(torch.empty(0))
+                captions.append(_with_unknown_words(rng, caption))
+                references.append(number)
+                if len(waiting[size]) == ENCODE_BATCH:
+                    flush(size)
+        if len(pictures) == ENCODE_BATCH or number + 1 == num_styles:
+            features = encoder.encode(torch.stack([_pixels(p) for p in pictures]))
+            patches.append(features.patch_features.half())
+            embeds.append(features.image_embeds.half())
+            pictures = []
+    for size in list(waiting):
+        flush(size)
+    return TinySamples(
+        latents, controls, captions, references, torch.cat(patches), torch.cat(embeds), {}
+    )
+
+
+def encode_clips(vae: PatchVAE, clips: np.ndarray) -> Tensor:
+    """uint8 [B, T, H, W, 3] -> float16 latents [B, 16, t, h, w]."""
+    video = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    return vae.encode(video).half()
+
+
+def _pixels(picture: np.ndarray) -> Tensor:
+    return clip_pixels(picture, size=REFERENCE_PX)
+
+
+def _reference(rng: np.random.Generator, style: StyleFilter, held_out: bool) -> np.ndarray:
+    picture, _ = draw_clip(rng, 1, REFERENCE_PX, REFERENCE_PX, held_out=held_out)
+    return style.apply(picture)[0]
+
+
+def _clip(
+    rng: np.random.Generator, size: ClipSize, held_out: bool, still: bool
+) -> tuple[np.ndarray, str]:
+    frames = 1 if still else size.num_frames
+    clip, caption = draw_clip(rng, frames, size.height, size.width, held_out=held_out)
+    return np.repeat(clip, size.num_frames // frames, 0), caption
+
+
+def _with_unknown_words(rng: np.random.Generator, caption: str) -> str:
+    words = caption.split()
+    unknown = rng.random(len(words)) < UNKNOWN_WORDS
+    return " ".join(f"w{rng.integers(500)}" if u else w for w, u in zip(words, unknown, strict=True))
+
+
+def write_samples(path: Path, samples: TinySamples) -> None:
+    """Write samples to one safetensors file."""
+    tensors = {"patch_features": samples.patch_features, "image_embeds": samples.image_embeds}
+    groups = _by_size(samples.sizes)
+    for number, indices in enumerate(groups):
+        tensors[f"latents.{number}"] = torch.stack([samples.latents[i] for i in indices])
+        tensors[f"controls.{number}"] = torch.stack([samples.controls[i] for i in indices])
+    metadata = {
+        "captions": json.dumps(samples.captions),
+        "references": json.dumps(samples.references),
+        "groups": json.dumps(groups),
+        "hashes": json.dumps(samples.hashes),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_state_dict(path, tensors, metadata, overwrite=True)
+
+
+def read_samples(path: Path) -> TinySamples:
+    """Read what `write_samples` wrote."""
+    tensors, metadata = read_state_dict(path)
+    captions = json.loads(metadata["captions"])
+    latents, controls = [torch.empty(0)] * len(captions), [torch.empty(0)] * len(captions)
+    for number, indices in enumerate(json.loads(metadata["groups"])):
+        for row, index in enumerate(indices):
+            latents[index] = tensors[f"latents.{number}"][row]
+            controls[index] = tensors[f"controls.{number}"][row]
+    return TinySamples(
+        latents,
+        controls,
+        captions,
+        json.loads(metadata["references"]),
+        tensors["patch_features"],
+        tensors["image_embeds"],
+        json.loads(metadata["hashes"]),
+    )
+
+
+def _by_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, size in enumerate(sizes):
+        groups.setdefault(size, []).append(index)
+    return list(groups.values())
