@@ -46,6 +46,34 @@ def check_frames(frames: np.ndarray, what: str = "the video") -> np.ndarray:
     return frames
 
 
+def check_video(video: Tensor) -> None:
+    """Check what a VAE is to encode: [B, 3, T, H, W], T = 4n+1, H and W multiples of 8.
+
+    Raises:
+        LayoutError: for another shape, or NaN or infinity.
+    """
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise LayoutError(
+            f"the video has shape {list(video.shape)}; expected [batch, 3, frames, height, width]"
+        )
+    latent_shape(*video.shape[2:])
+    _check_finite(video, "the video to encode")
+
+
+def check_latents(latents: Tensor) -> None:
+    """Check what a VAE is to decode: [B, 16, t, h, w], not empty.
+
+    Raises:
+        LayoutError: for another shape, or NaN or infinity.
+    """
+    if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
+        raise LayoutError(
+            f"the latents have shape {list(latents.shape)}; expected "
+            f"[batch, {LATENT_CHANNELS}, frames, height, width]"
+        )
+    _check_finite(latents, "the latents to decode")
+
+
 def frames_to_video(frames: np.ndarray) -> Tensor:
     """Turn uint8 [T, H, W, 3] (0..255) into a core video, float32 [1, 3, T, H, W] (-1..1).
 
@@ -169,3 +197,8 @@ def pad_video(frames: np.ndarray, multiple: int = SIZE_MULTIPLE) -> tuple[np.nda
     if not any(after for _, after in missing):
         return frames, padding
     return np.pad(frames, missing, mode="edge"), padding
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise LayoutError(f"{what} hold NaN or infinity; the model or its input went wrong before")

@@ -50,7 +50,7 @@ NOISE_SHARE, NOISE_STD = 0.5, 0.1  # of the normalised latents in front of the d
 POOL = {64: 4000, 128: 2000}  # side in pixels: clips
 PCA_BLOCKS = 400_000
 EMA_DECAY = 0.998
-LOG_STEPS, CHECKPOINT_STEPS = 500, 500
+LOG_STEPS, CHECKPOINT_STEPS = 250, 500
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,22 @@ def clip_pool(folder: Path, counts: dict[int, int], seed: int) -> ClipPool:
 
 
 def fit_pca(pool: ClipPool, seed: int) -> tuple[Tensor, Tensor]:
-    """Mean [768] and covariance [768, 768] of blocks, half of single frames, half of moving clips."""
+    """Mean [768] and covariance [768, 768] of blocks, half of stills, half of moving clips."""
     rng = np.random.default_rng([seed, 1])
-    total, squares = torch.zeros(BLOCK_VALUES).double(), 0.0
-    sums: list[tuple[Tensor, Tensor]] = []
+    means, squares = [], torch.zeros(BLOCK_VALUES, BLOCK_VALUES).double()
     for frames in (1, 5):
-        total, squares, seen = torch.zeros(BLOCK_VALUES).double(), torch.zeros(1).double(), 0
+        total, seen = torch.zeros(BLOCK_VALUES).double(), 0
+        products = torch.zeros(BLOCK_VALUES, BLOCK_VALUES).double()
         while seen < PCA_BLOCKS / 2:
             blocks = video_to_blocks(pool.batch(rng, 64, frames, 64))
-            blocks = blocks.unflatten(0, (64, -1))[:, -1]
-            flat = blocks.permute(0, 2, 3, 1).reshape(-1, BLOCK_VALUES)
-            total, squares = total + flat.sum(0), squares + (flat.T @ flat).double()
+            last = blocks.unflatten(0, (64, -1))[:, -1]
+            flat = last.permute(0, 2, 3, 1).reshape(-1, BLOCK_VALUES)
+            total, products = total + flat.sum(0), products + flat.T @ flat
             seen += len(flat)
-        sums.append((total / seen, squares / seen))
-    mean = (sums[0][0] + sums[1][0]) / 2
-    return mean, (sums[0][1] + sums[1][1]) / 2 - torch.outer(mean, mean)
+        means.append(total / seen)
+        squares = squares + products / seen / 2
+    mean = (means[0] + means[1]) / 2
+    return mean, squares - torch.outer(mean, mean)
 
 
 def train_vae(
@@ -329,6 +330,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -21,6 +21,7 @@ from .samples import Sample, is_video
 
 if TYPE_CHECKING:
     from ..models.image_encoder import ImageEncoder
+    from ..models.patch_vae import PatchVAE
     from ..models.text_encoder import TextEncoder
     from ..models.vae import WanVAE
 
@@ -55,7 +56,7 @@ class EncodeConfig:
 class Encoders(NamedTuple):
     """The frozen models."""
 
-    vae: WanVAE
+    vae: WanVAE | PatchVAE
     text_encoder: TextEncoder
     image_encoder: ImageEncoder
 

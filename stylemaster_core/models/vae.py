@@ -1,4 +1,4 @@
-"""The frozen Wan VAE between pixels and latents."""
+"""The frozen VAE between pixels and latents: Wan's, or the small one that stands in for it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, LayoutError, WeightsError
-from ..layouts import LATENT_CHANNELS, latent_shape
+from ..errors import ConfigError, WeightsError
+from ..layouts import check_latents, check_video
 from ..weights.files import read_state_dict
 from ..weights.state_dict import (
     check_keys,
@@ -19,6 +19,7 @@ from ..weights.state_dict import (
     shapes_of,
     vae_native_to_diffusers,
 )
+from .patch_vae import PatchVAE, create_patch_vae
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -32,8 +33,7 @@ class WanVAE:
     """Wan's VAE with normalised latents, as the transformer sees them."""
 
     def __init__(self, model: AutoencoderKLWan, *, tiling: Tiling = "auto") -> None:
-        if tiling not in get_args(Tiling):
-            raise ConfigError(f"VAE tiling {tiling!r}; expected {', '.join(get_args(Tiling))}")
+        _check_tiling(tiling)
         self.model = model.requires_grad_(False).eval()
         self.tiling: Tiling = tiling
 
@@ -64,13 +64,7 @@ class WanVAE:
         Raises:
             LayoutError: for other shapes, or NaN or infinity.
         """
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise LayoutError(
-                f"the video has shape {list(video.shape)}; expected "
-                "[batch, 3, frames, height, width]"
-            )
-        latent_shape(*video.shape[2:])
-        _check_finite(video, "the video to encode")
+        check_video(video)
         self._set_tiling(video.shape[-2] * video.shape[-1])
         output: Any = self.model.encode(video.to(self.device, self.dtype))
         latents = output.latent_dist.mode()
@@ -90,12 +84,7 @@ class WanVAE:
         Raises:
             LayoutError: for another shape, or NaN or infinity.
         """
-        if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
-            raise LayoutError(
-                f"the latents have shape {list(latents.shape)}; expected "
-                f"[batch, {LATENT_CHANNELS}, frames, height, width]"
-            )
-        _check_finite(latents, "the latents to decode")
+        check_latents(latents)
         self._set_tiling(latents.shape[-2] * latents.shape[-1] * 64)
         mean, std = self._statistics()
         latents = latents.to(self.device, torch.float32) * std + mean
@@ -121,12 +110,13 @@ def load_vae(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tiling: Tiling = "auto",
-) -> WanVAE:
-    """Load a Wan 2.1 VAE.
+) -> WanVAE | PatchVAE:
+    """Load a Wan 2.1 VAE, or a patch VAE, which can be used in its place.
 
     Args:
         path: a folder in diffusers' format (or one with a sub-folder `vae`), or one weight file in
-            native (Wan, ComfyUI) or diffusers naming, whose base width is read off the weights.
+            native (Wan, ComfyUI) or diffusers naming, whose base width is read off the weights. A
+            patch VAE is one file, computes in float32 and needs no tiling.
         device: where to put it.
         dtype: of the computation on a GPU; on the CPU it is float32, where bfloat16 is slower.
         tiling: cut large frames into tiles that are blended; `auto` does so above 1024 x 576.
@@ -136,7 +126,10 @@ def load_vae(
         ConfigError: for an unknown `tiling`.
     """
     path = Path(path)
+    _check_tiling(tiling)
     model = _from_folder(path) if path.is_dir() else _from_file(path)
+    if isinstance(model, PatchVAE):
+        return model.to(device)
     on_cpu = torch.device(device).type == "cpu"
     _move(model, device, torch.float32 if on_cpu else dtype)
     return WanVAE(model, tiling=tiling)
@@ -173,14 +166,14 @@ def _native_key_candidates() -> list[str]:
     return keys + [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
 
 
+def _check_tiling(tiling: str) -> None:
+    if tiling not in get_args(Tiling):
+        raise ConfigError(f"VAE tiling {tiling!r}; expected {', '.join(get_args(Tiling))}")
+
+
 def _move(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None) -> None:
     # The plain method: diffusers' own warns about an empty list of modules.
     nn.Module.to(model, device=device, dtype=dtype)
-
-
-def _check_finite(values: Tensor, what: str) -> None:
-    if not torch.isfinite(values).all():
-        raise LayoutError(f"{what} hold NaN or infinity; the model or its input went wrong before")
 
 
 def _from_folder(folder: Path) -> AutoencoderKLWan:
@@ -206,11 +199,11 @@ def _from_folder(folder: Path) -> AutoencoderKLWan:
     return model
 
 
-def _from_file(path: Path) -> AutoencoderKLWan:
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-
+def _from_file(path: Path) -> AutoencoderKLWan | PatchVAE:
     weights = read_state_dict(path).tensors
     kind = detect_kind(shapes_of(weights))
+    if kind == "patch_vae":
+        return create_patch_vae(weights, str(path))
     if kind == "wan_vae_native":
         weights = vae_native_to_diffusers(weights)
     elif kind != "wan_vae_diffusers":
@@ -218,6 +211,8 @@ def _from_file(path: Path) -> AutoencoderKLWan:
             f"{path} is {describe_kind(kind)}; expected a Wan 2.1 VAE such as "
             "wan_2.1_vae.safetensors"
         )
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
     shapes = shapes_of(weights)
     widths = [shapes.get(key) for key in ("encoder.conv_in.weight", "decoder.conv_out.weight")]
     if widths[0] is None or widths[1] is None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..models.clip_text import ClipText
     from ..models.gray_tile_controlnet import GrayTileControlNet
     from ..models.image_encoder import ImageEncoder
+    from ..models.patch_vae import PatchVAE
     from ..models.style_projector import StyleProjector
     from ..models.text_encoder import TextEncoder
     from ..models.vae import WanVAE
@@ -224,7 +225,7 @@ class Models:
             yield model
 
     @contextmanager
-    def vae(self) -> Iterator[WanVAE]:
+    def vae(self) -> Iterator[WanVAE | PatchVAE]:
         from ..models.vae import load_vae
 
         path = self.files.need("vae", "A video")

@@ -54,6 +54,7 @@ Kind = Literal[
     "motion_adapter",
     "wan_vae_native",
     "wan_vae_diffusers",
+    "patch_vae",
     "clip_vision_hf",
     "clip_vision_open_clip",
     "umt5_hf",
@@ -76,6 +77,7 @@ _DESCRIPTIONS: dict[Kind, str] = {
     "models/loras",
     "wan_vae_native": "a Wan VAE in ComfyUI's format; put it into models/vae",
     "wan_vae_diffusers": "a Wan VAE in diffusers' format, for the command line",
+    "patch_vae": "a StyleMaster patch VAE, a small stand-in for Wan's VAE",
     "clip_vision_hf": "a CLIP image encoder; put it into models/clip_vision",
     "clip_vision_open_clip": "a CLIP model in open_clip's format, for the command line; in ComfyUI "
     "use clip_vision_h.safetensors",
@@ -305,6 +307,8 @@ def _encoder_or_vae(keys: set[str]) -> Kind | None:
         return "wan_vae_native"
     if "decoder.mid_block.resnets.0.norm1.gamma" in keys:
         return "wan_vae_diffusers"
+    if {"patch_encoder.linear.weight", "patch_decoder.linear.weight"} <= keys:
+        return "patch_vae"
     # A class token sets CLIP apart from SigLIP.
     if "vision_model.embeddings.class_embedding" in keys:
         return "clip_vision_hf"
