@@ -113,6 +113,8 @@ def train_encoder(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = create_encoder(pool, seed)
+    # In bfloat16 on a CPU the fused attention is far slower than this one; a step takes a third.
+    model.set_attn_implementation("eager")
     heads = Heads(pool.textures.shape[-1], pool.colours.shape[-1])
     trained = dict(nn.ModuleDict({"model": model, "heads": heads}).named_parameters())
     trained = {name: p for name, p in trained.items() if p.requires_grad}
@@ -142,7 +144,8 @@ def train_encoder(
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done))
             batch = draw_batch(pool, scales, np.random.default_rng([seed, step]), config)
-            parts = encoder_losses(model, heads, batch, config.temperature)
+            with torch.autocast("cpu", torch.bfloat16):
+                parts = encoder_losses(model, heads, batch, config.temperature)
             loss = torch.stack(list(parts.values())).sum()
             optimizer.zero_grad()
             loss.backward()
@@ -161,13 +164,13 @@ def train_encoder(
                 probed = elapsed
                 with average.applied():
                     result = probe_encoder(ImageEncoder(_copy(model)), pool, held_out)
-                print(f"\nstep {step} after {elapsed:.0f} s: {result}", flush=True)
+                tqdm.write(f"step {step} after {elapsed:.0f} s: {result}")
     _save(out / STATE, step, elapsed, trained, average, optimizer)
     with average.applied():
         write_encoder(out, model, pool)
     if held_out is not None:
         result = probe_encoder(load_image_encoder(out), pool, held_out)
-        print(f"\nstep {step} after {elapsed:.0f} s, as written: {result}", flush=True)
+        tqdm.write(f"step {step} after {elapsed:.0f} s, as written: {result}")
     return losses
 
 
@@ -193,7 +196,7 @@ def create_encoder(pool: Pool, seed: int) -> CLIPVisionModelWithProjection:
     basis = _cosine_basis()
     rng = np.random.default_rng(seed)
     chosen = rng.integers(0, len(pool.families), 200)
-    patches = _normalised(_patches(pool.pictures[chosen, 0])).reshape(-1, basis.shape[1])
+    patches = input_patches(pool.pictures[chosen, 0]).reshape(-1, basis.shape[1])
     basis = basis / ((patches @ basis.T).std(0, keepdim=True).T + 1e-3)
     with torch.no_grad():
         embeddings.patch_embedding.weight.copy_(
@@ -251,8 +254,16 @@ def draw_batch(
     )
 
 
+def input_patches(pictures: np.ndarray) -> Tensor:
+    """All patches of uint8 [N, H, W, 3], normalised for CLIP: float32 [N, L, 192]."""
+    return _normalised(_patches(pictures))
+
+
 def encode_patches(model: CLIPVisionModelWithProjection, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [N, L, C] and image embeddings [N, D] of any patches [N, L, 192]."""
+    """Features [N, L, C] and image embeddings [N, D] of any patches [N, L, 192].
+
+    What the model computes of whole pictures, while its positions are zero.
+    """
     vision: Any = model.vision_model
     weight = vision.embeddings.patch_embedding.weight.flatten(1)
     tokens = F.linear(patches, weight)
@@ -268,7 +279,7 @@ def encoder_losses(
 ) -> dict[str, Tensor]:
     """Weighted losses: contrast of styles, families, texture and colour signatures."""
     features, embeds = encode_patches(model, batch.patches)
-    unit = F.normalize(embeds, dim=1)
+    unit = F.normalize(embeds.float(), dim=1)
     first, second = unit.chunk(2)
     similarity = first @ second.T / temperature
     own = torch.arange(len(first))
@@ -278,7 +289,7 @@ def encoder_losses(
         ("embeds", heads.embeds(embeds), 1.0),
         ("patches", heads.patches(features.mean(1)), 0.5),
     ):
-        family, texture, colour = readings.split(heads.sizes, 1)
+        family, texture, colour = readings.float().split(heads.sizes, 1)
         losses[f"{name}_family"] = weight * F.cross_entropy(family, batch.families)
         losses[f"{name}_texture"] = weight * F.mse_loss(texture, batch.textures)
         losses[f"{name}_colour"] = 0.5 * weight * F.mse_loss(colour, batch.colours)

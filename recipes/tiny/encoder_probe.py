@@ -36,8 +36,8 @@ def probe_encoder(encoder: ImageEncoder, training: Pool, held_out: Pool) -> Prob
         held_out: [S, >= 2, ...] styles and contents the encoder and the probe have not seen; the
             first picture of each tests the probe, the second must be found from the first.
 
-    Source: the gates of stylemaster-tiny; deviation: retrieval is averaged over all the groups of 32
-    held-out styles, not over one.
+    Source: the gates of stylemaster-tiny; deviation: retrieval is averaged over all the groups of
+    32 held-out styles, not over one.
     """
     stride = max(1, len(training.families) // 1500)
     fit = embed(encoder, training.pictures[::stride, 0][:1500])
@@ -45,11 +45,11 @@ def probe_encoder(encoder: ImageEncoder, training: Pool, held_out: Pool) -> Prob
     test = embed(encoder, held_out.pictures[:, 0])
     other, _ = embed(encoder, held_out.pictures[:, 1])
     truth = torch.from_numpy(held_out.families)
-    accuracies = [
+    texture, patch_texture = [
         (linear_probe(x, families, y) == truth).float().mean().item()
         for x, y in zip(fit, test, strict=True)
     ]
-    return Probe(*accuracies, retrieval_at_1(test[0], other))
+    return Probe(texture, patch_texture, retrieval_at_1(test[0], other))
 
 
 @torch.no_grad()
