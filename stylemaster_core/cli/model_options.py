@@ -13,6 +13,7 @@ from ..errors import WeightsError
 from ..pipelines.models import ModelFiles, Models
 
 RANDOM = "small-random"
+TINY = "tiny"
 # Where ComfyUI users already have the files; the first that exists is taken.
 DEFAULT_FILES: dict[str, tuple[str, ...]] = {
     "transformer": ("diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",),
@@ -35,9 +36,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
         "--model",
-        choices=("wan2.1-1.3b", RANDOM),
+        choices=("wan2.1-1.3b", TINY, RANDOM),
         default="wan2.1-1.3b",
-        help=f"{RANDOM}: small random weights, for trying things out; the result is noise",
+        help=f"{TINY}: the small trained model that comes with this package, for small videos; "
+        f"{RANDOM}: small random weights, for trying things out; the result is noise",
     )
     group.add_argument(
         "--models-dir",
@@ -62,6 +64,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def open_models(args: argparse.Namespace, random_dir: Path | None = None) -> Models:
     """The models that the options name; those that were not named are looked for.
 
+    A file that is named takes the place of the one that `--model` means.
+
     Args:
         args: parsed options.
         random_dir: where small random weights are written, if they are asked for.
@@ -70,7 +74,12 @@ def open_models(args: argparse.Namespace, random_dir: Path | None = None) -> Mod
     for name, path in given.items():
         if path is not None and not path.exists():
             raise WeightsError(f"--{name.replace('_', '-')}: {path} does not exist")
-    found = _random_files(random_dir) if args.model == RANDOM else _find(_models_dir(args), given)
+    if args.model == RANDOM:
+        found = _random_files(random_dir)
+    elif args.model == TINY:
+        found = _tiny_files(motion=getattr(args, "motion_scale", None) is not None)
+    else:
+        found = _find(_models_dir(args), given)
     return Models(
         ModelFiles(**(found | {k: v for k, v in given.items() if v is not None})),
         device=args.device,
@@ -98,6 +107,15 @@ def _find(folder: Path, given: dict[str, Path | None]) -> dict[str, Path]:
             if existing:
                 found[name] = existing[0]
     return found
+
+
+def _tiny_files(motion: bool) -> dict[str, Path]:
+    from ..pipelines.tiny import tiny_files
+
+    files = {name: path for name, path in vars(tiny_files()).items() if path is not None}
+    if not motion:  # it acts only where it is asked for, as with other models
+        del files["motion_adapter"]
+    return files
 
 
 def _random_files(folder: Path | None) -> dict[str, Path]:

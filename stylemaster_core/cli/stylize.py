@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import ConfigError
 from ..sampling.samplers import SamplerName
-from .model_options import add_model_options, open_models, parse_range, parse_size
+from .model_options import TINY, add_model_options, open_models, parse_range, parse_size
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..data.videos import VideoClip
     from ..pipelines.stylize import StylizeConfig
 
@@ -40,21 +42,38 @@ def add_parser(subparsers: Any) -> None:
     add_style_options(parser)
     group = parser.add_argument_group("generation")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--steps", type=int, default=50)
-    group.add_argument("--sampler", default="euler", choices=get_args(SamplerName))
-    group.add_argument("--shift", type=float, default=5.0)
-    group.add_argument("--text-scale", type=float, default=8.0, help="guidance by the prompt")
-    group.add_argument("--style-scale", type=float, help="guidance by the style; 4, with control 3")
+    group.add_argument("--steps", type=int, help=_default("num_steps"))
+    group.add_argument("--sampler", choices=get_args(SamplerName), help=_default("sampler"))
+    group.add_argument("--shift", type=float, help=_default("shift"))
+    group.add_argument(
+        "--text-scale", type=float, help=f"guidance by the prompt; {_default('text_scale')}"
+    )
+    group.add_argument(
+        "--style-scale",
+        type=float,
+        help="guidance by the style; default 4, with control 3" + _tiny("style_scale"),
+    )
     group.add_argument("--denoise", type=float, default=1.0, help="below 1: start from the input")
     group.add_argument("--no-control", action="store_true", help="no gray-tile control")
     group.add_argument("--control-scale", type=float, default=1.0)
-    group.add_argument("--control-range", type=parse_range, default=(0.0, 0.7), metavar="START:END")
-    group.add_argument("--tile-factor", type=int, default=8)
-    group.add_argument("--motion-scale", type=float, default=-0.3, help="with --motion-adapter")
     group.add_argument(
-        "--size", type=parse_size, metavar="WxH", help="default: the input's, or 832x480"
+        "--control-range", type=parse_range, metavar="START:END", help=_default("control_range")
     )
-    group.add_argument("--frames", type=int, help="text-to-video: number of frames; default 81")
+    group.add_argument("--tile-factor", type=int, help=_default("tile_factor"))
+    group.add_argument(
+        "--motion-scale",
+        type=float,
+        help="of --motion-adapter, default -0.3; of tiny's own one, which else does not act",
+    )
+    group.add_argument(
+        "--size",
+        type=parse_size,
+        metavar="WxH",
+        help="default: the input's, or 832x480; tiny: made smaller, to a short side of 128",
+    )
+    group.add_argument(
+        "--frames", type=int, help="text-to-video: number of frames; default 81, tiny 17"
+    )
     group.add_argument("--start-frame", type=int, default=0, help="of the input video")
     group.add_argument("--max-frames", type=int, help="of the input video")
     group.add_argument("--window", type=int, default=81, help="frames per window of long videos")
@@ -81,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix.lower() not in wanted:
         raise ConfigError(f"{task} writes {', '.join(sorted(wanted))}; got {args.output.name!r}")
     clip = _read_input(args, task)
-    config = _config(args, task)
+    config = _config(args, task, None if clip is None else clip.frames)
     _say(args, f"{task}: {args.output.name}")
     with tempfile.TemporaryDirectory() as scratch:
         models = open_models(args, Path(scratch))
@@ -160,33 +179,54 @@ def _read_input(args: argparse.Namespace, task: str) -> VideoClip | None:
     return None
 
 
-def _config(args: argparse.Namespace, task: Any) -> StylizeConfig:
+def _config(args: argparse.Namespace, task: Any, frames: np.ndarray | None) -> StylizeConfig:
     from ..pipelines.stylize import StylizeConfig
+    from ..pipelines.tiny import tiny_settings
     from ..sampling.windows import WindowConfig
 
     if args.window < 1 or args.window_overlap < 0:
         raise ConfigError("--window must be at least 1 frame and --window-overlap not negative")
+    settings = {}
+    if args.model == TINY:
+        settings = tiny_settings(frames, still=task == "text-to-image")
+    given = {
+        "size": args.size,
+        "num_frames": args.frames,
+        "num_steps": args.steps,
+        "shift": args.shift,
+        "sampler": args.sampler,
+        "text_scale": args.text_scale,
+        "style_scale": args.style_scale,
+        "control_range": args.control_range,
+        "tile_factor": args.tile_factor,
+        "motion_scale": args.motion_scale,
+    }
+    settings |= {name: value for name, value in given.items() if value is not None}
     return StylizeConfig(
         task=task,
         prompt=args.prompt,
         negative_prompt=args.negative_prompt,
-        size=args.size,
-        num_frames=args.frames,
         seed=args.seed,
-        num_steps=args.steps,
-        shift=args.shift,
-        sampler=args.sampler,
-        text_scale=args.text_scale,
-        style_scale=args.style_scale,
         denoise=args.denoise,
         control=not args.no_control,
         control_scale=args.control_scale,
-        control_range=args.control_range,
-        tile_factor=args.tile_factor,
-        motion_scale=args.motion_scale,
         windows=WindowConfig((args.window - 1) // 4 + 1, args.window_overlap // 4),
         batch_branches=args.batch_branches,
+        **settings,
     )
+
+
+def _default(field: str) -> str:
+    """What an option is where it is not given, for its help."""
+    from ..pipelines.stylize import StylizeConfig
+
+    return f"default {getattr(StylizeConfig, field)}{_tiny(field)}"
+
+
+def _tiny(field: str) -> str:
+    from ..pipelines.tiny import SETTINGS
+
+    return f", tiny {SETTINGS[field]}" if field in SETTINGS else ""
 
 
 def _say(args: argparse.Namespace, text: str) -> None:

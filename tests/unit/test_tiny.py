@@ -1,0 +1,96 @@
+"""The small model by its name, from the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from stylemaster_core import WeightsError
+from stylemaster_core.cli import main
+from stylemaster_core.data.demo_scene import demo_clip, demo_styles
+from stylemaster_core.data.images import write_image
+from stylemaster_core.data.videos import read_video, write_video
+from stylemaster_core.models.style_tokens import load_style
+from stylemaster_core.pipelines import tiny
+from stylemaster_core.pipelines.encode_style import encode_style
+from stylemaster_core.pipelines.models import Models
+from stylemaster_core.pipelines.stylize import StylizeConfig, stylize
+from stylemaster_core.pipelines.tiny import tiny_files, tiny_settings
+from tests.standin_tiny import shipped_or_standin
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return shipped_or_standin(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture
+def by_name(folder, monkeypatch):
+    monkeypatch.setattr(tiny, "tiny_files", lambda: tiny_files(folder))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    place = tmp_path_factory.mktemp("inputs")
+    write_video(place / "in.mp4", demo_clip(5, 48, 64), fps=16)
+    write_image(place / "style.png", demo_styles(128)["mosaic"])
+    return place
+
+
+def run(*words) -> int:
+    return main([str(word) for word in words])
+
+
+def test_what_is_missing_is_named_and_how_to_make_it(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "vae.safetensors").unlink()
+    (broken / "image_encoder" / "config.json").unlink()
+    with pytest.raises(WeightsError) as error:
+        tiny_files(broken)
+    for words in ("vae.safetensors", "image_encoder/config.json", "make tiny", str(broken)):
+        assert words in str(error.value)
+    assert "controlnet" not in str(error.value)
+
+
+def test_it_is_found_by_name_and_equals_the_pipeline(folder, by_name, inputs, tmp_path):
+    options = ("--video", inputs / "in.mp4", "--style", inputs / "style.png", "--prompt", "a boat")
+    saved = tmp_path / "style.safetensors"
+    assert run("encode-style", saved, *options[2:], "--model", "tiny") == 0
+    out = tmp_path / "out.mp4"
+    assert run("stylize", out, *options[:2], "--style", saved, *options[4:], "--model", "tiny") == 0
+    clip = read_video(inputs / "in.mp4").frames
+    files = vars(tiny_files(folder)) | {"motion_adapter": None}
+    models = Models(type(tiny_files(folder))(**files), device="cpu")
+    style = encode_style(models, demo_styles(128)["mosaic"], "a boat").style
+    torch.testing.assert_close(load_style(saved).tokens, style.tokens)
+    config = StylizeConfig("video-to-video", prompt="a boat", **tiny_settings(clip))
+    frames = stylize(models, style, config, frames=clip).frames
+    written = tmp_path / "again.mp4"
+    write_video(written, frames, fps=16)
+    assert (read_video(out).frames == read_video(written).frames).all()
+
+
+def test_options_take_the_place_of_its_files_and_settings(by_name, inputs, tmp_path, capsys):
+    words = ("--video", inputs / "in.mp4", "--style", inputs / "style.png", "--steps", "1")
+    options = (*words, "--model", "tiny", "--json")
+    assert run("stylize", tmp_path / "a.mp4", *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["height"], report["width"], report["frames"]) == (48, 64, 5)
+    assert run("stylize", tmp_path / "b.mp4", *options, "--text-scale", "1") == 0
+    assert run("stylize", tmp_path / "c.mp4", *options, "--motion-scale", "1") == 0
+    videos = [read_video(tmp_path / f"{name}.mp4").frames.astype(int) for name in "abc"]
+    assert all(abs(video - videos[0]).max() > 8 for video in videos[1:])
+    assert run("stylize", tmp_path / "d.mp4", *options, "--vae", inputs / "style.png") == 2
+    assert "style.png" in capsys.readouterr().err
+
+
+def test_sizes_suit_it():
+    assert tiny_settings(demo_clip(1, 48, 64))["size"] == (48, 64)
+    assert tiny_settings(demo_clip(1, 90, 160))["size"] == (96, 160)
+    assert tiny_settings(demo_clip(1, 540, 960))["size"] == (128, 224)
+    assert tiny_settings(demo_clip(1, 960, 540))["size"] == (224, 128)
+    assert "num_frames" not in tiny_settings(still=True)
