@@ -13,6 +13,7 @@ from ..errors import StyleMasterError
 
 SUBCOMMANDS = (
     "stylize",
+    "stylize_sdxl",
     "encode_style",
     "inspect_style",
     "weights",

@@ -84,10 +84,10 @@ def write_small_models(
         )
     folder.mkdir(parents=True, exist_ok=True)
     release = expected_base_shapes(_wan_sizes()) | expected_adapter_shapes(_adapter_sizes())
-    _write_checkpoint(models.stylemaster, draw_weights(release, seed))
+    write_checkpoint(models.stylemaster, draw_weights(release, seed))
     control = expected_controlnet_shapes(_controlnet_sizes())
-    _write_checkpoint(models.controlnet, draw_weights(control, seed + 1))
-    _write_image_encoder(models.image_encoder, seed + 2)
+    write_checkpoint(models.controlnet, draw_weights(control, seed + 1))
+    write_small_image_encoder(models.image_encoder, seed + 2)
     _write_vae(models.vae, seed + 3)
     motion = draw_weights(_motion_shapes(), seed + 4)
     write_state_dict(models.motion_adapter, motion, overwrite=True)
@@ -123,9 +123,9 @@ def _mean_and_std(name: str, shape: Shape) -> tuple[float, float]:
         return 1.0, 0.1
     if "bias" in leaf or leaf == "modulation":
         return 0.0, 0.1
-    if leaf == "style_emb":
+    if leaf in ("style_emb", "query_emb"):
         return 0.0, 1.0
-    if leaf == "proj_patch":
+    if leaf in ("proj_patch", "proj"):
         return 0.0, shape[0] ** -0.5
     if leaf == "class_embedding" or "position_embedding" in name:
         return 0.0, 0.5
@@ -168,7 +168,8 @@ def _motion_shapes() -> dict[str, Shape]:
     return shapes
 
 
-def _write_checkpoint(path: Path, weights: dict[str, Tensor]) -> None:
+def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> None:
+    """Write a pickled checkpoint beside its place, then rename it."""
     # The release is a pickled checkpoint; safetensors would not exercise that path.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -178,7 +179,8 @@ def _write_checkpoint(path: Path, weights: dict[str, Tensor]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _write_image_encoder(folder: Path, seed: int) -> None:
+def write_small_image_encoder(folder: Path, seed: int) -> None:
+    """Write a CLIP image encoder of 2 layers, features 80 wide, as a folder."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayoutError, WeightsError
+from ..weights.shapes import (
+    StyleCrafterSizes,
+    expected_stylecrafter_encoder_shapes,
+    stylecrafter_sizes,
+)
 from .query_transformer import QueryTransformer
 
 TOKENS = "image_context_model"  # names of the release
@@ -183,89 +188,43 @@ def load_stylecrafter_encoder(
     Raises:
         WeightsError: for missing, unexpected or wrongly shaped keys, or heads that do not divide.
     """
-    from ..weights.state_dict import check_keys
+    from ..weights.state_dict import check_keys, shapes_of
 
     weights = {key: value for key, value in state_dict.items() if is_encoder_key(key)}
-    sizes = {}
-    for key in (
-        f"{TOKENS}.query_emb",
-        f"{TOKENS}.proj",
-        f"{SCALES}.{SCALES}.query_emb",
-        f"{SCALES}.text_proj.weight",
-    ):
-        if key not in weights:
-            raise WeightsError(
-                f"no {key!r} among {len(state_dict)} keys: this is no StyleCrafter adapter with "
-                "its encoder and scale predictor; use the released stylecrafter_sdxl.ckpt, or one "
-                "that `stylemaster train stylecrafter` wrote"
-            )
-        sizes[key] = tuple(weights[key].shape)
-    _, num_tokens, width = sizes[f"{TOKENS}.query_emb"]
-    _, style_width = sizes[f"{TOKENS}.proj"]
-    _, num_scales, scale_width = sizes[f"{SCALES}.{SCALES}.query_emb"]
-    _, text_width = sizes[f"{SCALES}.text_proj.weight"]
+    shapes = shapes_of(weights)
+    sizes = stylecrafter_sizes(shapes)
+    check_keys(shapes, expected_stylecrafter_encoder_shapes(sizes), "StyleCrafter's encoder")
     with torch.device("meta"):
         module = create_stylecrafter_encoder(
-            feature_width=width,
-            style_width=style_width,
-            text_width=text_width,
-            num_scales=num_scales,
-            num_tokens=num_tokens,
-            num_layers=_num_layers(weights, TOKENS),
-            num_heads=num_heads,
-            scale_width=scale_width,
-            scale_num_layers=_num_layers(weights, f"{SCALES}.{SCALES}"),
-            scale_num_heads=scale_num_heads,
+            sizes, num_heads=num_heads, scale_num_heads=scale_num_heads
         )
-    check_keys(
-        {key: tuple(value.shape) for key, value in weights.items()},
-        {key: tuple(value.shape) for key, value in module.release_state_dict().items()},
-        "StyleCrafter encoder",
-    )
     module.load_state_dict({_module_name(k): v for k, v in weights.items()}, assign=True)
     return module.requires_grad_(False).eval()
 
 
 def create_stylecrafter_encoder(
+    sizes: StyleCrafterSizes,
     *,
-    feature_width: int,
-    style_width: int,
-    text_width: int,
-    num_scales: int,
-    num_tokens: int = 16,
-    num_layers: int = 4,
     num_heads: int | None = None,
-    scale_width: int = 512,
-    scale_num_layers: int = 2,
     scale_num_heads: int | None = None,
 ) -> StyleCrafterEncoder:
-    """A new encoder; the defaults are the SDXL release's.
-
-    Args:
-        feature_width: of CLIP's features.
-        style_width: of the style tokens.
-        text_width: of the text features.
-        num_scales: layers that take the style.
-        num_tokens: style tokens.
-        num_layers: of the query transformer.
-        num_heads: of the query transformer; None for width / 64.
-        scale_width: of the scale predictor.
-        scale_num_layers: of the scale predictor.
-        scale_num_heads: of the scale predictor; None for width / 64.
+    """A new encoder; for the arguments see `load_stylecrafter_encoder`.
 
     Raises:
         WeightsError: if the heads do not divide a width.
     """
-    heads = _heads(num_heads, feature_width, "query transformer")
-    scale_heads = _heads(scale_num_heads, scale_width, "scale predictor")
+    heads = _heads(num_heads, sizes.feature_width, "query transformer")
+    scale_heads = _heads(scale_num_heads, sizes.scale_width, "scale predictor")
     return StyleCrafterEncoder(
-        QueryTransformer(num_tokens, feature_width, num_layers, heads, style_width),
+        QueryTransformer(
+            sizes.num_tokens, sizes.feature_width, sizes.num_layers, heads, sizes.style_width
+        ),
         ScalePredictor(
-            text_width,
-            style_width,
-            num_scales,
-            width=scale_width,
-            num_layers=scale_num_layers,
+            sizes.text_width,
+            sizes.style_width,
+            sizes.num_scales,
+            width=sizes.scale_width,
+            num_layers=sizes.scale_num_layers,
             num_heads=scale_heads,
         ),
     )
@@ -276,8 +235,3 @@ def _heads(given: int | None, width: int, what: str) -> int:
     if heads < 1 or width % heads:
         raise WeightsError(f"the width {width} of the {what} is no multiple of {heads} heads")
     return heads
-
-
-def _num_layers(weights: Mapping[str, Tensor], prefix: str) -> int:
-    start = f"{prefix}.transformer_blocks.resblocks."
-    return len({key[len(start) :].split(".")[0] for key in weights if key.startswith(start)})

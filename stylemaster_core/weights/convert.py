@@ -17,12 +17,15 @@ from .shapes import (
     AdapterSizes,
     ControlNetSizes,
     Shape,
+    StyleCrafterSdxlSizes,
     WanSizes,
     adapter_sizes,
     controlnet_sizes,
     expected_adapter_shapes,
     expected_base_shapes,
     expected_controlnet_shapes,
+    expected_stylecrafter_sdxl_shapes,
+    stylecrafter_sdxl_sizes,
     wan_sizes,
 )
 from .state_dict import (
@@ -50,7 +53,9 @@ logger = logging.getLogger("stylemaster")
 ADAPTER_FORMAT = "stylemaster-adapter-1"
 CONTROLNET_FORMAT = "stylemaster-gray-tile-controlnet-1"
 BASE_FORMAT = "stylemaster-base-1"
+STYLECRAFTER_SDXL_FORMAT = "stylecrafter-sdxl-1"
 KNOWN_BASE = "wan2.1-t2v-1.3b"
+SDXL_BASE = "sdxl-1.0"
 CUSTOM_BASE = "custom"
 
 
@@ -67,7 +72,7 @@ def convert(
 
     - the whole release: `<stem>_adapter.safetensors`, with `include_base` also
       `<stem>_base.safetensors`;
-    - a ControlNet: `<stem>.safetensors`;
+    - a ControlNet, or StyleCrafter's adapter for SDXL: `<stem>.safetensors`;
     - a style adapter: `<stem>_adapter.safetensors`, or `<stem>.safetensors` where the stem says so
       already.
 
@@ -119,10 +124,13 @@ def convert(
             check_keys(shapes, shapes_of(adapter), f"style adapter {source}")
     elif kind == "gray_tile_controlnet":
         jobs.append((source.stem, tensors, _controlnet_metadata(shapes, source)))
+    elif kind == "stylecrafter_sdxl":
+        jobs.append((source.stem, tensors, _stylecrafter_metadata(shapes, source)))
     else:
         raise WeightsError(
-            f"{source} is {describe_kind(kind)}. Only the StyleMaster release (stylemaster.ckpt, "
-            "controlnet.ckpt) or a style adapter can be converted."
+            f"{source} is {describe_kind(kind)}. Only the releases of StyleMaster "
+            "(stylemaster.ckpt, controlnet.ckpt) and of StyleCrafter for SDXL "
+            "(stylecrafter_sdxl.ckpt), or a style adapter, can be converted."
         )
     targets = [out_dir / f"{stem}.safetensors" for stem, _, _ in jobs]
     # Before hashing and writing, so that a later clash leaves no first file behind.
@@ -166,10 +174,21 @@ def _controlnet_metadata(shapes: Mapping[str, Shape], source: Path) -> dict[str,
     return _metadata(CONTROLNET_FORMAT, sizes == ControlNetSizes(), sizes.num_blocks)
 
 
-def _metadata(file_format: str, is_known: bool, num_blocks: int) -> dict[str, str]:
+def _stylecrafter_metadata(shapes: Mapping[str, Shape], source: Path) -> dict[str, str]:
+    sizes = stylecrafter_sdxl_sizes(shapes)
+    check_keys(shapes, expected_stylecrafter_sdxl_shapes(sizes), f"StyleCrafter adapter {source}")
+    is_known = sizes == StyleCrafterSdxlSizes()
+    return _metadata(
+        STYLECRAFTER_SDXL_FORMAT, is_known, len(sizes.layer_widths), known_base=SDXL_BASE
+    )
+
+
+def _metadata(
+    file_format: str, is_known: bool, num_blocks: int, known_base: str = KNOWN_BASE
+) -> dict[str, str]:
     return {
         "format": file_format,
-        "base_model": KNOWN_BASE if is_known else CUSTOM_BASE,
+        "base_model": known_base if is_known else CUSTOM_BASE,
         "num_blocks": str(num_blocks),
     }
 

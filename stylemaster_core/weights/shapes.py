@@ -1,6 +1,7 @@
 """The tensors each file must hold, by rule.
 
-Source: key lists of the released stylemaster.ckpt and controlnet.ckpt; deviation: none.
+Source: key lists of the released stylemaster.ckpt, controlnet.ckpt and stylecrafter_sdxl.ckpt;
+deviation: none.
 """
 
 from __future__ import annotations
@@ -56,6 +57,29 @@ class ControlNetSizes:
     patch_size: tuple[int, int, int] = (1, 2, 2)
 
 
+@dataclass(frozen=True)
+class StyleCrafterSizes:
+    """Sizes of StyleCrafter's encoder; the defaults are the released SDXL adapter's."""
+
+    feature_width: int = 1280  # of the image encoder's features
+    style_width: int = 2048  # of the style tokens
+    text_width: int = 2048
+    num_tokens: int = 16
+    num_layers: int = 4  # of the query transformer
+    num_scales: int = 70  # layers of the host that take the style
+    scale_width: int = 512
+    scale_num_layers: int = 2
+
+
+@dataclass(frozen=True)
+class StyleCrafterSdxlSizes:
+    """Sizes of a StyleCrafter adapter for SDXL; the defaults are the released one's."""
+
+    encoder: StyleCrafterSizes = StyleCrafterSizes()
+    # Of the cross-attentions: down blocks, up blocks, middle.
+    layer_widths: tuple[int, ...] = (640,) * 4 + (1280,) * 50 + (640,) * 6 + (1280,) * 10
+
+
 def expected_base_shapes(sizes: WanSizes | None = None) -> dict[str, Shape]:
     """Keys and shapes of a native Wan text-to-video transformer.
 
@@ -93,14 +117,7 @@ def expected_adapter_shapes(sizes: AdapterSizes | None = None) -> dict[str, Shap
     shapes["style_model.style_emb"] = (1, s.local_tokens, s.patch_width)
     shapes["style_model.proj_patch"] = (s.patch_width, s.style_width)
     for layer in range(s.num_layers):
-        prefix = f"style_model.transformer_blocks.resblocks.{layer}."
-        shapes |= _layer_norm(f"{prefix}ln_1", s.patch_width)
-        shapes[f"{prefix}attn.in_proj_weight"] = (3 * s.patch_width, s.patch_width)
-        shapes[f"{prefix}attn.in_proj_bias"] = (3 * s.patch_width,)
-        shapes |= _linear(f"{prefix}attn.out_proj", s.patch_width, s.patch_width)
-        shapes |= _layer_norm(f"{prefix}ln_2", s.patch_width)
-        shapes |= _linear(f"{prefix}mlp.c_fc", s.patch_width, 4 * s.patch_width)
-        shapes |= _linear(f"{prefix}mlp.c_proj", 4 * s.patch_width, s.patch_width)
+        shapes |= _query_layer(f"style_model.transformer_blocks.resblocks.{layer}.", s.patch_width)
     shapes |= _layer_norm("style_model.ln1", s.patch_width)
     shapes |= _layer_norm("style_model.ln2", s.patch_width)
     shapes |= _linear("style_model.proj", s.global_width, s.global_tokens * s.style_width)
@@ -127,6 +144,95 @@ def expected_controlnet_shapes(sizes: ControlNetSizes | None = None) -> dict[str
         shapes[f"zero_convs.{block}.weight"] = (s.width, s.width, 1)
         shapes[f"zero_convs.{block}.bias"] = (s.width,)
     return shapes
+
+
+def expected_stylecrafter_encoder_shapes(
+    sizes: StyleCrafterSizes | None = None,
+) -> dict[str, Shape]:
+    """Keys and shapes of StyleCrafter's encoder: `image_context_model.*`, `scale_predictor.*`.
+
+    Args:
+        sizes: by default the released SDXL adapter's (92 tensors).
+
+    Returns:
+        Key to shape.
+    """
+    s = sizes or StyleCrafterSizes()
+    prefix = "image_context_model."
+    shapes = _query_transformer(prefix, s.num_tokens, s.feature_width, s.num_layers, s.style_width)
+    prefix = "scale_predictor."
+    shapes |= _linear(f"{prefix}text_proj", s.text_width, s.scale_width)
+    shapes |= _linear(f"{prefix}style_proj", s.style_width, s.scale_width)
+    inner = f"{prefix}scale_predictor."
+    shapes |= _query_transformer(
+        inner, s.num_scales, s.scale_width, s.scale_num_layers, s.scale_width
+    )
+    shapes |= _linear(f"{prefix}out_proj.0", s.scale_width, 32)
+    return shapes | _linear(f"{prefix}out_proj.2", 32, 1)
+
+
+def expected_stylecrafter_sdxl_shapes(
+    sizes: StyleCrafterSdxlSizes | None = None,
+) -> dict[str, Shape]:
+    """Keys and shapes of a StyleCrafter adapter for SDXL.
+
+    Args:
+        sizes: by default the release's (372 tensors).
+
+    Returns:
+        Key to shape.
+    """
+    s = sizes or StyleCrafterSdxlSizes()
+    shapes = expected_stylecrafter_encoder_shapes(s.encoder)
+    for index, width in enumerate(s.layer_widths):
+        for name in ("to_k_style", "to_v_style"):
+            shapes[sdxl_layer_key(index, f"{name}.weight")] = (width, s.encoder.style_width)
+        shapes |= _layer_norm(sdxl_layer_key(index, "norm_style"), width)
+    return shapes
+
+
+def sdxl_layer_key(index: int, name: str) -> str:
+    """Name of a tensor of a layer: the release counts self-attentions, too, which have none."""
+    return f"kv_attn_layers.{2 * index + 1}.{name}"
+
+
+def stylecrafter_sizes(shapes: Mapping[str, Shape]) -> StyleCrafterSizes:
+    """Read the sizes of StyleCrafter's encoder off an adapter's shapes.
+
+    Args:
+        shapes: key to shape.
+
+    Returns:
+        Sizes; that every tensor agrees with them is `check_keys`' matter.
+
+    Raises:
+        WeightsError: if a tensor that tells a size is missing.
+    """
+    what = "a StyleCrafter adapter"
+    tokens, scales = "image_context_model", "scale_predictor.scale_predictor"
+    _, num_tokens, feature_width = _shape(shapes, f"{tokens}.query_emb", 3, what)
+    _, num_scales, scale_width = _shape(shapes, f"{scales}.query_emb", 3, what)
+    return StyleCrafterSizes(
+        feature_width=feature_width,
+        style_width=_shape(shapes, f"{tokens}.proj", 2, what)[1],
+        text_width=_shape(shapes, "scale_predictor.text_proj.weight", 2, what)[1],
+        num_tokens=num_tokens,
+        num_layers=_count(shapes, f"{tokens}.transformer_blocks.resblocks"),
+        num_scales=num_scales,
+        scale_width=scale_width,
+        scale_num_layers=_count(shapes, f"{scales}.transformer_blocks.resblocks"),
+    )
+
+
+def stylecrafter_sdxl_sizes(shapes: Mapping[str, Shape]) -> StyleCrafterSdxlSizes:
+    """Read the sizes of a StyleCrafter adapter for SDXL off its shapes; as `stylecrafter_sizes`."""
+    encoder = stylecrafter_sizes(shapes)
+    what = "a StyleCrafter adapter for SDXL"
+    widths = [
+        _shape(shapes, sdxl_layer_key(index, "to_k_style.weight"), 2, what)[0]
+        for index in range(encoder.num_scales)
+    ]
+    return StyleCrafterSdxlSizes(encoder, tuple(widths))
 
 
 def wan_sizes(shapes: Mapping[str, Shape]) -> WanSizes:
@@ -238,6 +344,33 @@ def _block_shapes(prefix: str, width: int, ffn_width: int) -> dict[str, Shape]:
     shapes |= _layer_norm(f"{prefix}norm3", width)
     shapes |= _linear(f"{prefix}ffn.0", width, ffn_width)
     return shapes | _linear(f"{prefix}ffn.2", ffn_width, width)
+
+
+def _query_transformer(
+    prefix: str, num_queries: int, width: int, num_layers: int, out_width: int
+) -> dict[str, Shape]:
+    """Shapes of a query transformer under StyleCrafter's names."""
+    shapes: dict[str, Shape] = {
+        f"{prefix}query_emb": (1, num_queries, width),
+        f"{prefix}proj": (width, out_width),
+    }
+    for layer in range(num_layers):
+        shapes |= _query_layer(f"{prefix}transformer_blocks.resblocks.{layer}.", width)
+    return shapes | _layer_norm(f"{prefix}ln1", width) | _layer_norm(f"{prefix}ln2", width)
+
+
+def _query_layer(prefix: str, width: int) -> dict[str, Shape]:
+    return (
+        _layer_norm(f"{prefix}ln_1", width)
+        | {
+            f"{prefix}attn.in_proj_weight": (3 * width, width),
+            f"{prefix}attn.in_proj_bias": (3 * width,),
+        }
+        | _linear(f"{prefix}attn.out_proj", width, width)
+        | _layer_norm(f"{prefix}ln_2", width)
+        | _linear(f"{prefix}mlp.c_fc", width, 4 * width)
+        | _linear(f"{prefix}mlp.c_proj", 4 * width, width)
+    )
 
 
 def _linear(name: str, in_features: int, out_features: int) -> dict[str, Shape]:

@@ -1,24 +1,32 @@
 """StyleCrafter against the released code: encoders, dual attention, guidance, the SDXL UNet."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 import stylemaster_core.models.decoupled_attention as decoupled_attention
+import stylemaster_core.models.sdxl_unet as sdxl_unet
 from stylemaster_core.data.images import clip_pixels, stylecrafter_video_pixels
 from stylemaster_core.models.decoupled_attention import (
     BlockStyle,
+    StyleRegion,
     attend,
     scaled_norm,
     style_residual,
 )
 from stylemaster_core.models.image_encoder import load_image_encoder
+from stylemaster_core.models.sdxl_unet import StyledUNet, cross_attentions
 from stylemaster_core.models.stylecrafter import load_stylecrafter_encoder
+from stylemaster_core.models.stylecrafter_sdxl import layer_styles, load_stylecrafter_sdxl
+from stylemaster_core.sampling.denoise_image import ImageText, denoise_image
 from stylemaster_core.sampling.guidance import (
     GuidanceWeights,
     combine_guidance,
@@ -274,3 +282,112 @@ def test_weights_of_guidance_are_its_formula():
         )
         assert close(total, expected)
     assert GuidanceWeights.of_stylecrafter(7.5, 0.0) == (1 - 7.5, 0.0, 7.5)
+
+
+# ---- x3: a small SDXL UNet with the adapter ----
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    tensors, meta = case("x3_sdxl_unet")
+    unet = UNet2DConditionModel(**meta["cfg"]["unet"])
+    unet.load_state_dict(under(tensors, "unet."))
+    heads = [
+        str(meta["cfg"]["adapter"][f"{name}_config"]["params"]["num_heads"])
+        for name in ("image_context", "scale_predictor")
+    ]
+    metadata = dict(zip(("style_num_heads", "scale_num_heads"), heads, strict=True))
+    adapter = load_stylecrafter_sdxl(under(tensors, "adapter."), metadata)
+    return tensors, meta, unet.eval(), adapter
+
+
+def conditions(tensors):
+    return {
+        "text": ImageText(tensors["prompt_embeds"], tensors["pooled"]),
+        "negative_text": ImageText(tensors["negative_prompt_embeds"], tensors["negative_pooled"]),
+        "time_ids": tensors["time_ids"],
+    }
+
+
+def style_of(adapter, tensors, scale):
+    tokens = adapter.encoder(tensors["clip_features"])
+    gains = adapter.gains(tensors["prompt_embeds"], tokens)
+    return StyleRegion(tokens, scale, gains=gains), adapter.keys_values(tokens)
+
+
+def prediction(sdxl, styled=True):
+    tensors, _, unet, adapter = sdxl
+    region, keys_values = style_of(adapter, tensors, 1.0)
+    with torch.no_grad(), StyledUNet(unet) as host:
+        if styled:
+            host.set(layer_styles([region], [keys_values], tensors["latents"]), {})
+        return unet(
+            tensors["latents"],
+            tensors["timestep"],
+            tensors["prompt_embeds"],
+            added_cond_kwargs={"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]},
+        ).sample
+
+
+def sampled(sdxl, text_scale, style_scale, **changes):
+    tensors, _, unet, adapter = sdxl
+    region, keys_values = style_of(adapter, tensors, 0.5)
+    options = {"text_scale": text_scale, "style_scale": style_scale} | conditions(tensors)
+    scheduler = EulerDiscreteScheduler(**SDXL_EULER)
+    result = denoise_image(
+        unet, scheduler, tensors["latents"], num_steps=3,
+        regions=[dataclasses.replace(region, **changes)], keys_values=[keys_values], **options,
+    )  # fmt: skip
+    assert close(scheduler.sigmas, tensors["sampler_sigmas"])
+    assert close(scheduler.timesteps, tensors["sampler_timesteps"])
+    return result
+
+
+SDXL_EULER = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading", "steps_offset": 1,
+}  # fmt: skip
+SAMPLED = "latents_after_3_euler_steps."
+
+
+def test_encoder_of_the_small_adapter(sdxl):
+    tensors, _, _, adapter = sdxl
+    region, _ = style_of(adapter, tensors, 1.0)
+    assert close(region.tokens, tensors["style_tokens"])
+    assert close(region.gains - 1, tensors["scale_scalar"].squeeze(-1))
+
+
+def test_layers_are_counted_as_in_the_release(sdxl):
+    _, meta, unet, _ = sdxl
+    assert cross_attentions(unet) == [layer["diffusers_attn"] for layer in meta["layer_order"]]
+
+
+def test_one_prediction(sdxl):
+    tensors = sdxl[0]
+    assert close(prediction(sdxl), tensors["eps_text_style_scale1"])
+    assert close(prediction(sdxl, styled=False), tensors["eps_text"])
+    assert not close(tensors["eps_text"], tensors["eps_text_style_scale1"], 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("key", "scales"), [("g7p5_s5", (7.5, 5.0)), ("g7p5_s0", (7.5, 0.0)), ("g5_s5", (5.0, 5.0))]
+)
+def test_three_guided_euler_steps(sdxl, key, scales):
+    assert close(sampled(sdxl, *scales), sdxl[0][SAMPLED + key], 1e-4)
+
+
+@pytest.mark.parametrize("mistake", ["order", "gains", "scale", "swapped", "range"])
+def test_mistakes_on_the_unet_are_seen(sdxl, mistake, monkeypatch):
+    scales, changes = (7.5, 5.0), {}
+    if mistake == "order":  # middle before up, as the blocks are run
+        monkeypatch.setattr(sdxl_unet, "PARTS", ("down_blocks.", "mid_block.", "up_blocks."))
+        assert not close(prediction(sdxl), sdxl[0]["eps_text_style_scale1"], 1e-3)
+    elif mistake == "gains":
+        changes = {"gains": None}
+    elif mistake == "scale":
+        changes = {"scale": 0.55}
+    elif mistake == "range":
+        changes = {"end": 0.5}
+    else:
+        scales = (5.0, 7.5)
+    assert not close(sampled(sdxl, *scales, **changes), sdxl[0][SAMPLED + "g7p5_s5"], 1e-3)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from stylemaster_core.models.decoupled_attention import StyleAttention
 from stylemaster_core.models.gray_tile_controlnet import (
@@ -13,9 +14,19 @@ from stylemaster_core.models.gray_tile_controlnet import (
     copy_from_transformer,
 )
 from stylemaster_core.models.query_transformer import QueryTransformer
+from stylemaster_core.models.sdxl_unet import check_unet, cross_attentions
 from stylemaster_core.models.style_projector import GlobalProjection, StyleProjector
+from stylemaster_core.models.stylecrafter import create_stylecrafter_encoder
+from stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
 from stylemaster_core.models.wan_transformer import StyledWanTransformer
 from stylemaster_core.weights.key_maps import diffusers_block_key_to_native, diffusers_to_native
+from stylemaster_core.weights.shapes import (
+    StyleCrafterSdxlSizes,
+    StyleCrafterSizes,
+    expected_stylecrafter_sdxl_shapes,
+    sdxl_layer_key,
+    stylecrafter_sdxl_sizes,
+)
 
 FOLDER = Path(__file__).parents[1] / "golden" / "checkpoint_keys"
 
@@ -72,3 +83,47 @@ def test_controlnet():
 def test_copying_the_transformer_gives_the_controlnet(stylemaster):
     base, style, projector = stylemaster
     assert shapes(copy_from_transformer(base | style | projector)) == released("controlnet")
+
+
+SDXL = {
+    "sample_size": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.fixture(scope="module")
+def stylecrafter():
+    with torch.device("meta"):
+        encoder = create_stylecrafter_encoder(StyleCrafterSizes())
+        return StyleCrafterSdxl(encoder, StyleCrafterSdxlSizes().layer_widths)
+
+
+def test_stylecrafter_sdxl(stylecrafter):
+    ours = stylecrafter.release_state_dict()
+    keys = released("stylecrafter_sdxl")
+    assert shapes(ours) == keys == expected_stylecrafter_sdxl_shapes() and len(keys) == 372
+    assert stylecrafter_sdxl_sizes(keys) == StyleCrafterSdxlSizes()
+    numbers = json.loads((FOLDER / "stylecrafter_sdxl_ckpt_keys.json").read_text())["params"]
+    assert sum(t.numel() for t in ours.values()) == numbers["adapter_total"] == 431_029_825
+    layers = sum(p.numel() for p in stylecrafter.layers.parameters())
+    assert layers == numbers["kv_attn_layers"] == 340_953_600
+
+
+def test_layers_of_stylecrafter_are_those_of_sdxl(stylecrafter):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL)
+    check_unet(unet, stylecrafter)
+    order = json.loads((FOLDER / "stylecrafter_sdxl_ckpt_keys.json").read_text())["layer_order"]
+    assert cross_attentions(unet) == [name for _, name, _, _ in order]
+    assert stylecrafter.layer_widths == [width for _, _, _, width in order]
+    indices = [int(sdxl_layer_key(i, "x").split(".")[1]) for i in range(70)]
+    assert indices == [index for index, _, _, _ in order]
