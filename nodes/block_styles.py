@@ -149,8 +149,8 @@ def block_styles(
     masks = tuple(_stack_masks([share for _, share in shared], used, like)) if masked else ()
     return [
         BlockStyle(
-            tuple(keys[block] for keys, _ in pairs),
-            tuple(values[block] for _, values in pairs),
+            tuple(pair.keys[block] for pair in pairs),
+            tuple(pair.values[block] for pair in pairs),
             masks,
             no_style[block],
         )
