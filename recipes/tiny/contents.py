@@ -1,4 +1,4 @@
-"""Content clips: scenes of moving shapes before hills, clouds, tiles or stripes, drawn at random."""
+"""Content clips: moving shapes before hills, clouds, tiles or stripes, drawn at random."""
 
 from __future__ import annotations
 
@@ -122,8 +122,9 @@ def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     hue = rng.random()
     first = colorsys.hsv_to_rgb(hue, rng.uniform(0, 0.9), rng.uniform(0.5, 1))
     second = colorsys.hsv_to_rgb((hue + rng.normal(0, 0.2)) % 1, rng.random(), rng.uniform(0, 0.7))
-    pair = np.array(first, np.float32), np.array(second, np.float32)
-    return pair if rng.random() < 0.5 else pair[::-1]
+    if rng.random() < 0.5:
+        first, second = second, first
+    return np.array(first, np.float32), np.array(second, np.float32)
 
 
 def _mixed(rng: np.random.Generator, share: np.ndarray) -> np.ndarray:

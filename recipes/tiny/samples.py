@@ -18,6 +18,7 @@ from stylemaster_core.data.images import clip_pixels
 from stylemaster_core.models.image_encoder import ImageEncoder
 from stylemaster_core.models.patch_vae import PatchVAE
 from stylemaster_core.models.text_encoder import HashedWordsTextEncoder
+from stylemaster_core.models.vae import WanVAE
 from stylemaster_core.training.samples import Sample
 from stylemaster_core.weights.files import read_state_dict, write_state_dict
 
@@ -114,8 +115,8 @@ def encode_words(encoder: HashedWordsTextEncoder, caption: str) -> Tensor:
 
 
 def draw_samples(
-    num_styles: int,
-    vae: PatchVAE,
+    numbers: range,
+    vae: WanVAE | PatchVAE,
     encoder: ImageEncoder,
     *,
     seed: int,
@@ -127,7 +128,7 @@ def draw_samples(
     """Draw styles, apply them to clips and references, and encode all.
 
     Args:
-        num_styles: how many; each has a reference, and clips of other contents.
+        numbers: of the styles; each has a reference, and clips of other contents.
         vae: of the latents.
         encoder: of the references.
         seed: of everything.
@@ -152,7 +153,7 @@ def draw_samples(
         for row, (index, _, _) in enumerate(items):
             latents[index], controls[index] = encoded[0][row], encoded[1][row]
 
-    for number in tqdm(range(num_styles), desc=name, unit="style"):
+    for number in tqdm(numbers, desc=name, unit="style", mininterval=5):
         rng = np.random.default_rng([seed, int(held_out), number])
         style = draw_style(rng, held_out=held_out)
         pictures.append(_reference(rng, style, held_out))
@@ -165,10 +166,10 @@ def draw_samples(
                 latents.append(torch.empty(0))
                 controls.append(torch.empty(0))
                 captions.append(_with_unknown_words(rng, caption))
-                references.append(number)
+                references.append(number - numbers.start)
                 if len(waiting[size]) == ENCODE_BATCH:
                     flush(size)
-        if len(pictures) == ENCODE_BATCH or number + 1 == num_styles:
+        if len(pictures) == ENCODE_BATCH or number + 1 == numbers.stop:
             features = encoder.encode(torch.stack([_pixels(p) for p in pictures]))
             patches.append(features.patch_features.half())
             embeds.append(features.image_embeds.half())
@@ -180,7 +181,7 @@ def draw_samples(
     )
 
 
-def encode_clips(vae: PatchVAE, clips: np.ndarray) -> Tensor:
+def encode_clips(vae: WanVAE | PatchVAE, clips: np.ndarray) -> Tensor:
     """uint8 [B, T, H, W, 3] -> float16 latents [B, 16, t, h, w]."""
     video = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     return vae.encode(video).half()
@@ -206,7 +207,8 @@ def _clip(
 def _with_unknown_words(rng: np.random.Generator, caption: str) -> str:
     words = caption.split()
     unknown = rng.random(len(words)) < UNKNOWN_WORDS
-    return " ".join(f"w{rng.integers(500)}" if u else w for w, u in zip(words, unknown, strict=True))
+    pairs = zip(words, unknown, strict=True)
+    return " ".join(f"w{rng.integers(500)}" if is_unknown else word for word, is_unknown in pairs)
 
 
 def write_samples(path: Path, samples: TinySamples) -> None:
@@ -243,6 +245,24 @@ def read_samples(path: Path) -> TinySamples:
         tensors["patch_features"],
         tensors["image_embeds"],
         json.loads(metadata["hashes"]),
+    )
+
+
+def join_samples(parts: Sequence[TinySamples]) -> TinySamples:
+    """Samples of several draws as one dataset."""
+    offsets = np.cumsum([0, *[len(part.patch_features) for part in parts]])
+    return TinySamples(
+        [latents for part in parts for latents in part.latents],
+        [controls for part in parts for controls in part.controls],
+        [caption for part in parts for caption in part.captions],
+        [
+            reference + int(offset)
+            for part, offset in zip(parts, offsets, strict=False)
+            for reference in part.references
+        ],
+        torch.cat([part.patch_features for part in parts]),
+        torch.cat([part.image_embeds for part in parts]),
+        parts[0].hashes,
     )
 
 

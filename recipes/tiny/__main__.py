@@ -1,0 +1,5 @@
+"""`python -m recipes.tiny`."""
+
+from .recipe import main
+
+raise SystemExit(main())

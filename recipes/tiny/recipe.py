@@ -1,0 +1,482 @@
+"""Train stylemaster-tiny from nothing: `python -m recipes.tiny --profile cpu`.
+
+Every stage leaves its files in a folder of its own and is skipped once they are there, so the same
+command goes on after an interruption. `--minutes` ends a call in time; call again until it says
+that all is done (exit status 0; 3 while there is more to do).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stylemaster_core.data.images import clip_pixels
+from stylemaster_core.data.views import View
+from stylemaster_core.models.image_encoder import load_image_encoder
+from stylemaster_core.models.vae import load_vae
+from stylemaster_core.training.config import (
+    ControlConfig,
+    FlowConfig,
+    MotionConfig,
+    OptimizerConfig,
+    ProjectionConfig,
+    RunConfig,
+    StyleConfig,
+    TrainConfig,
+    TrainerName,
+)
+from stylemaster_core.training.global_projection import create_projection_trainer
+from stylemaster_core.training.gray_tile_controlnet import create_control_trainer
+from stylemaster_core.training.loop import train
+from stylemaster_core.training.motion_adapter import create_motion_trainer
+from stylemaster_core.training.samples import MemoryDataset, Sample, TrainingData
+from stylemaster_core.training.style_modulation import create_style_trainer
+from stylemaster_core.training.trainer import Trainer
+from stylemaster_core.weights.files import read_state_dict
+
+from .contents import draw_clip
+from .encoder import train_encoder
+from .encoder_pool import load_or_draw_pool
+from .joint import create_joint_trainer
+from .samples import (
+    REFERENCE_PX,
+    STILL_SIZES,
+    TEXT_LENGTH,
+    TEXT_WIDTH,
+    TinySamples,
+    draw_samples,
+    encode_words,
+    join_samples,
+    read_samples,
+    words_encoder,
+    write_samples,
+)
+from .styles import draw_style
+from .vae import clip_pool, train_vae
+
+logger = logging.getLogger("stylemaster")
+
+SHIPPED = Path(__file__).parents[2] / "stylemaster_core" / "tiny"
+SHARD_STYLES = 250
+UNFINISHED = 3  # exit status
+PAIR_VIEWS = ("patches", "jigsaw", "rotate180", "flip_horizontal", "flip_vertical")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much work each stage does; steps are optimiser steps."""
+
+    vae_steps: int
+    vae_batch: int
+    vae_pool: dict[int, int]  # clips by size
+    encoder_steps: int
+    encoder_pool: dict[str, int]
+    num_pairs: int
+    projection_steps: int
+    num_styles: int
+    num_still: int
+    joint_steps: int
+    joint_batch: int
+    style_steps: int
+    control_steps: int
+    motion_steps: int
+    validation: int = 16  # held-out styles
+    lr: float = 1e-3
+
+
+PROFILES = {
+    "smoke": Profile(
+        vae_steps=150,
+        vae_batch=1,
+        vae_pool={64: 300, 128: 100},
+        encoder_steps=60,
+        encoder_pool={"num_styles": 300, "pictures": 2, "contents": 200},
+        num_pairs=200,
+        projection_steps=60,
+        num_styles=250,
+        num_still=100,
+        joint_steps=80,
+        joint_batch=16,
+        style_steps=30,
+        control_steps=30,
+        motion_steps=30,
+        validation=8,
+        lr=2e-3,
+    ),
+    "cpu": Profile(
+        vae_steps=5000,
+        vae_batch=2,
+        vae_pool={64: 4000, 128: 2000},
+        encoder_steps=4000,
+        encoder_pool={"num_styles": 8000, "pictures": 3, "contents": 3000},
+        num_pairs=4000,
+        projection_steps=600,
+        num_styles=8000,
+        num_still=1500,
+        joint_steps=6000,
+        joint_batch=32,
+        style_steps=300,
+        control_steps=300,
+        motion_steps=300,
+    ),
+    "gpu": Profile(
+        vae_steps=20_000,
+        vae_batch=16,
+        vae_pool={64: 12_000, 128: 6000},
+        encoder_steps=8000,
+        encoder_pool={"num_styles": 20_000, "pictures": 3, "contents": 6000},
+        num_pairs=10_000,
+        projection_steps=1500,
+        num_styles=40_000,
+        num_still=4000,
+        joint_steps=20_000,
+        joint_batch=256,
+        style_steps=1000,
+        control_steps=1000,
+        motion_steps=500,
+    ),
+}
+
+
+class _Unfinished(Exception):  # noqa: N818
+    """The time of this call is over."""
+
+
+class Recipe:
+    """The stages, in the order in which they need each other."""
+
+    def __init__(self, out: Path, profile: Profile, *, seed: int, minutes: float | None) -> None:
+        self.out, self.profile, self.seed = out, profile, seed
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def stages(self) -> dict[str, Callable[[Path], None]]:
+        """Stage by name; each makes the folder that it is given."""
+        return {
+            "vae": self.vae,
+            "encoder": lambda folder: self.encoder(folder, self.seed + 1),
+            "judge": lambda folder: self.encoder(folder, self.seed + 2),
+            "samples": self.samples,
+            "global-projection": self.global_projection,
+            "joint": self.joint,
+            "style": self.style,
+            "control": self.control,
+            "motion": self.motion,
+        }
+
+    def run(self, until: str | None = None) -> None:
+        """Do what is not done yet.
+
+        Raises:
+            _Unfinished: when the time is over.
+        """
+        for name, stage in self.stages().items():
+            folder = self.out / name
+            done = folder / "done.json"
+            if not done.exists():
+                if self._left() < 5:
+                    raise _Unfinished
+                logger.info("stage %s begins", name)
+                began = time.monotonic()
+                stage(folder)
+                done.write_text(json.dumps({"seconds": round(time.monotonic() - began)}) + "\n")
+                logger.info("stage %s is done after %.0f s", name, time.monotonic() - began)
+            if name == until:
+                return
+
+    def vae(self, folder: Path) -> None:
+        pool = clip_pool(self.out, self.profile.vae_pool, self.seed)
+        train_vae(
+            folder,
+            steps=self.profile.vae_steps,
+            batch=self.profile.vae_batch,
+            seed=self.seed,
+            device=self.device,
+            pool=pool,
+        )
+
+    def encoder(self, folder: Path, seed: int) -> None:
+        pool = load_or_draw_pool(
+            self.out / f"{folder.name}_pool", seed, **self.profile.encoder_pool
+        )
+        train_encoder(folder, seed=seed, steps=self.profile.encoder_steps, pool=pool)
+
+    def samples(self, folder: Path) -> None:
+        """Shards of samples, and held-out ones."""
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs: list[tuple[Any, ...]] = []
+        counts = {"train": self.profile.num_styles, "still": self.profile.num_still}
+        for name, count in counts.items():
+            for first in range(0, count, SHARD_STYLES):
+                numbers = range(first, min(first + SHARD_STYLES, count))
+                path = folder / f"{name}-{first:06d}.safetensors"
+                jobs.append((path, self.out, numbers, self.seed, False, name == "still"))
+        numbers = range(self.profile.validation)
+        jobs.append((folder / "held_out.safetensors", self.out, numbers, self.seed, True, False))
+        jobs.append((folder / "still_held_out.safetensors", self.out, numbers, 0, True, True))
+        jobs = [job for job in jobs if not job[0].exists()]
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            for path in pool.map(_draw_shard, jobs):
+                logger.info("drew %s", path.name)
+
+    def global_projection(self, folder: Path) -> None:
+        """The paper's first stage, on pictures and rearrangements of their own pixels."""
+        projection = ProjectionConfig(hidden_width=256, num_negatives=16)
+        config = self._config(
+            "global-projection", self.profile.projection_steps, 64, lr=1e-3, projection=projection
+        )
+        data = self._pairs(self.profile.num_pairs, held_out=False)
+        features = {key: tuple(value.shape) for key, value in data[0].items()}
+        trainer = create_projection_trainer(config, features)
+        self._train(trainer, data, self._pairs(256, held_out=True), folder)
+
+    def joint(self, folder: Path) -> None:
+        """Base, style branch and control together, from nothing."""
+        data, held_out = self._samples("train"), self._samples("held_out")
+        config = self._config(
+            "control",
+            self.profile.joint_steps,
+            self.profile.joint_batch,
+            lr=self.profile.lr,
+            warmup_steps=min(100, self.profile.joint_steps // 10),
+            control=ControlConfig(style="train", drop_control=0.2),
+        )
+        trainer = create_joint_trainer(
+            config, _features(data), contrastive=self._contrastive(), null_text=null_text()
+        )
+        self._train(trainer, data, held_out, folder)
+
+    def style(self, folder: Path) -> None:
+        """The paper's style modulation: only the style branch learns."""
+        data, held_out = self._samples("train"), self._samples("held_out")
+        config = self._config("style", self.profile.style_steps, self.profile.joint_batch)
+        trainer = create_style_trainer(
+            config,
+            self._file("joint/transformer"),
+            _features(data),
+            adapter=self._file("joint/style_adapter"),
+            contrastive=self._contrastive(),
+            null_text=null_text(),
+        )
+        self._train(trainer, data, held_out, folder)
+
+    def control(self, folder: Path) -> None:
+        """The paper's gray-tile control: only the control network learns."""
+        data, held_out = self._samples("train"), self._samples("held_out")
+        config = self._config(
+            "control",
+            self.profile.control_steps,
+            self.profile.joint_batch,
+            control=ControlConfig(style="frozen", drop_control=0.1),
+        )
+        trainer = create_control_trainer(
+            config,
+            self._file("joint/transformer"),
+            _features(data),
+            controlnet=self._file("joint/controlnet"),
+            adapter=self._file("style/style_adapter"),
+            contrastive=self._contrastive(),
+            null_text=null_text(),
+        )
+        self._train(trainer, data, held_out, folder)
+
+    def motion(self, folder: Path) -> None:
+        """The paper's motion adapter, on still clips."""
+        data, held_out = self._samples("still"), self._samples("still_held_out")
+        config = self._config(
+            "motion",
+            self.profile.motion_steps,
+            self.profile.joint_batch,
+            lr=1e-3,
+            motion=MotionConfig(rank=8),
+        )
+        trainer = create_motion_trainer(
+            config, self._file("joint/transformer"), null_text=null_text()
+        )
+        self._train(trainer, data, held_out, folder)
+
+    def _config(
+        self,
+        trainer: TrainerName,
+        steps: int,
+        batch: int,
+        *,
+        lr: float = 1e-4,
+        warmup_steps: int = 10,
+        **sections: Any,
+    ) -> TrainConfig:
+        run = RunConfig(
+            num_steps=steps,
+            batch_size=batch,
+            seed=self.seed,
+            precision="bfloat16",
+            save_every=max(min(250, steps // 4), 1),
+            keep_checkpoints=1,
+            validate_every=max(steps // 4, 1),
+            num_workers=6 if self.device == "cuda" else 0,
+        )
+        optimizer = OptimizerConfig(
+            lr=lr,
+            betas=(0.9, 0.98),
+            schedule="cosine",
+            warmup_steps=warmup_steps,
+            ema_decay=0.99 if steps < 1000 else 0.998,
+        )
+        flow = FlowConfig(
+            shift=3.0, timesteps="logit_normal", weighting="none", text_length=TEXT_LENGTH
+        )
+        style = StyleConfig(drop_style=0.08, drop_both=0.05, num_layers=2)
+        return TrainConfig(trainer, run, optimizer, flow, style, **sections)
+
+    def _train(
+        self, trainer: Trainer, data: TrainingData, held_out: TrainingData, folder: Path
+    ) -> None:
+        with self._time_limit(folder / "stop"), _fast_attention(self.device):
+            result = train(trainer, data, folder, validation=held_out, resume=True, progress=True)
+        if not result.finished:
+            raise _Unfinished
+
+    @contextlib.contextmanager
+    def _time_limit(self, stop: Path) -> Iterator[None]:
+        """Ask the loop to stop when the time of this call is over."""
+        if self.deadline is None:
+            yield
+            return
+        timer = threading.Timer(max(self._left(), 0), stop.touch)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _left(self) -> float:
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+
+    def _file(self, name: str) -> dict[str, Tensor]:
+        return dict(read_state_dict(self.out / f"{name}.safetensors").tensors)
+
+    def _contrastive(self) -> dict[str, Tensor]:
+        return self._file("global-projection/global_projection")
+
+    def _samples(self, name: str) -> TinySamples:
+        folder = self.out / "samples"
+        paths = sorted(folder.glob(f"{name}-*.safetensors")) or [folder / f"{name}.safetensors"]
+        return join_samples([read_samples(path) for path in paths])
+
+    def _pairs(self, count: int, *, held_out: bool) -> MemoryDataset:
+        encoder = load_image_encoder(self.out / "encoder", device=self.device)
+        samples: list[Sample] = []
+        for first in range(0, count, 64):
+            pixels = []
+            for number in range(first, min(first + 64, count)):
+                rng = np.random.default_rng([self.seed, 7, int(held_out), number])
+                clip, _ = draw_clip(rng, 1, REFERENCE_PX, REFERENCE_PX, held_out=held_out)
+                picture = draw_style(rng, held_out=held_out).apply(clip)[0]
+                view = View(str(rng.choice(PAIR_VIEWS)), int(rng.integers(1 << 30)))  # type: ignore[arg-type]
+                pixels += [
+                    clip_pixels(p, size=REFERENCE_PX) for p in (picture, view.apply_image(picture))
+                ]
+            embeds = encoder.encode(torch.stack(pixels)).image_embeds.cpu().unflatten(0, (-1, 2))
+            samples += [{"first_embeds": a, "second_embeds": b} for a, b in embeds]
+        return MemoryDataset(samples)
+
+    def ship(self, folder: Path = SHIPPED) -> None:
+        """Write the weights as float16 where the pack looks for them."""
+        from stylemaster_core.weights.files import write_state_dict
+
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {
+            "transformer": "joint/transformer",
+            "style_adapter": "style/style_adapter",
+            "controlnet": "control/controlnet",
+            "motion_adapter": "motion/motion_adapter",
+            "vae": "vae/vae",
+        }
+        for name, source in files.items():
+            tensors, metadata = read_state_dict(self.out / f"{source}.safetensors")
+            half = {key: value.half().contiguous() for key, value in tensors.items()}
+            write_state_dict(folder / f"{name}.safetensors", half, metadata, overwrite=True)
+        for name, source in (("image_encoder", "encoder"), ("judge", "judge")):
+            (folder / name).mkdir(exist_ok=True)
+            for file in ("config.json", "model.safetensors"):
+                shutil.copyfile(self.out / source / file, folder / name / file)
+        settings = {"kind": "hashed_words", "width": TEXT_WIDTH, "max_length": TEXT_LENGTH}
+        (folder / "text_encoder.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def null_text() -> Tensor:
+    """Features of the empty prompt, [24, 4096]."""
+    return encode_words(words_encoder(), "")
+
+
+def _features(data: TrainingData) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in data[0].items()}
+
+
+def _draw_shard(job: tuple[Path, Path, range, int, bool, bool]) -> Path:
+    path, out, numbers, seed, held_out, still = job
+    torch.set_num_threads(1)
+    samples = draw_samples(
+        numbers,
+        load_vae(out / "vae" / "vae.safetensors"),
+        load_image_encoder(out / "encoder"),
+        seed=seed,
+        held_out=held_out,
+        still=still,
+        sizes=STILL_SIZES if still else None,
+        name=path.stem,
+    )
+    write_samples(path, samples)
+    return path
+
+
+def _fast_attention(device: str) -> contextlib.AbstractContextManager[object]:
+    # For short sequences in bfloat16 the fused kernel of the CPU takes a third of a step.
+    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
+
+
+def main() -> int:
+    """Run the recipe; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.tiny", description=__doc__)
+    parser.add_argument("--profile", choices=PROFILES, default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the stages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="end this call after so many minutes")
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    parser.add_argument("--ship", action="store_true", help="put the weights into the package")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=NUMBER", help="change the profile"
+    )
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    changes = {
+        k: type(getattr(PROFILES["cpu"], k))(v) for k, v in (s.split("=") for s in options.set)
+    }
+    profile = dataclasses.replace(PROFILES[options.profile], **changes)
+    recipe = Recipe(options.out, profile, seed=options.seed, minutes=options.minutes)
+    try:
+        recipe.run(options.until)
+    except _Unfinished:
+        logger.info("the time is over; call again to go on")
+        return UNFINISHED
+    if options.ship:
+        recipe.ship()
+    return 0
