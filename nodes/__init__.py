@@ -13,6 +13,7 @@ from . import (
     loaders,
     sampling,
     style,
+    tiny,
     training,
 )
 from .paths import register_folders
@@ -34,5 +35,6 @@ class StyleMasterExtension(ComfyExtension):
             folders,
             dataset,
             training,
+            tiny,
         )
         return [node for module in modules for node in module.NODES]

@@ -14,8 +14,8 @@ from .conditionings import Conditioning, controlled_conditioning, create_control
 from .layouts import Latent, image_to_frames, latent_padding, latent_video_size, video_to_image
 from .loaders import read_kind
 from .native_wan import load_native_controlnet
-from .paths import ADAPTERS, fingerprint, model_file, model_names
-from .sockets import schema
+from .paths import ADAPTERS, check_named, model_file, named_fingerprint, names_or_link
+from .sockets import ControlNetSocket, schema
 from .wan_patches import patch_control
 
 
@@ -45,6 +45,18 @@ def tile_image(image: Tensor, factor: int, latent: Latent | None) -> Tensor:
     return video_to_image(gray_tile(padded, *padded.shape[1:3], factor=factor))
 
 
+def load_controlnet(name: str) -> Any:
+    """The control network of a file in ComfyUI's folders.
+
+    Raises:
+        ConfigError, WeightsError: if none was chosen, or it is none.
+    """
+    check_named(name, "control_net")
+    path = model_file(name, "controlnet", ADAPTERS)
+    tensors, _ = read_kind(path, "gray_tile_controlnet", "gray-tile ControlNet")
+    return load_native_controlnet(tensors)
+
+
 class GrayTileControl(io.ComfyNode):
     """MODEL, prompts and a video -> MODEL and prompts that keep its content."""
 
@@ -60,8 +72,9 @@ class GrayTileControl(io.ComfyNode):
                 io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model (1.3B)."),
                 io.Combo.Input(
                     "control_net_name",
-                    options=model_names("controlnet", ADAPTERS),
-                    tooltip="Gray-tile ControlNet in models/controlnet or models/stylemaster.",
+                    options=names_or_link("controlnet", ADAPTERS),
+                    tooltip="Gray-tile ControlNet in models/controlnet or models/stylemaster; not "
+                    "used if control_net is linked.",
                 ),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
                 io.Image.Input("frames", tooltip="The video whose content is kept."),
@@ -75,7 +88,7 @@ class GrayTileControl(io.ComfyNode):
                     min=1,
                     max=64,
                     tooltip="How much smaller the tile is: more keeps less. The released network "
-                    "knows 8.",
+                    "knows 8, stylemaster-tiny 2 and 4.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -113,6 +126,11 @@ class GrayTileControl(io.ComfyNode):
                     tooltip="The latent that will be sampled: the frames are brought to its size. "
                     "Without it they are padded as StyleMaster Latent pads them.",
                 ),
+                ControlNetSocket.Input(
+                    "control_net",
+                    optional=True,
+                    tooltip="From Load StyleMaster Tiny; takes the place of a file.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For the sampler or guider."),
@@ -130,7 +148,7 @@ class GrayTileControl(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, control_net_name: str, **_others: Any) -> str:
-        return fingerprint(model_file(control_net_name, "controlnet", ADAPTERS))
+        return named_fingerprint(control_net_name, "controlnet", ADAPTERS)
 
     @classmethod
     def execute(
@@ -147,12 +165,11 @@ class GrayTileControl(io.ComfyNode):
         end: float,
         styled: Conditioning | None = None,
         latent: Latent | None = None,
+        control_net: Any = None,
     ) -> io.NodeOutput:
         if strength < 0:
             raise ConfigError(f"the control strength is {strength}; it must not be negative")
-        path = model_file(control_net_name, "controlnet", ADAPTERS)
-        tensors, _ = read_kind(path, "gray_tile_controlnet", "gray-tile ControlNet")
-        network = load_native_controlnet(tensors)
+        network = control_net or load_controlnet(control_net_name)
         patched = patch_control(model, network, strength=strength, start=start, end=end)
         tile = tile_image(frames, factor, latent)
         control = create_control(positive, vae.encode(tile))

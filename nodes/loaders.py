@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..stylemaster_core.errors import WeightsError
 from ..stylemaster_core.models.decoupled_attention import create_style_attention
-from ..stylemaster_core.models.motion_adapter import load_motion_adapter
+from ..stylemaster_core.models.motion_adapter import MotionAdapter, load_motion_adapter
 from ..stylemaster_core.models.style_projector import load_style_projector
 from ..stylemaster_core.weights.files import read_state_dict
 from ..stylemaster_core.weights.state_dict import (
@@ -22,8 +22,16 @@ from ..stylemaster_core.weights.state_dict import (
     strip_prefix,
 )
 from .motion import patch_motion
-from .paths import ADAPTERS, fingerprint, model_file, model_names
-from .sockets import StyleAdapter, StyleAdapterSocket, schema
+from .paths import (
+    ADAPTERS,
+    check_named,
+    fingerprint,
+    model_file,
+    model_names,
+    named_fingerprint,
+    names_or_link,
+)
+from .sockets import MotionAdapterSocket, StyleAdapter, StyleAdapterSocket, schema
 
 PACK = Path(__file__).resolve().parents[1]
 
@@ -122,8 +130,9 @@ class MotionAdapterLoader(io.ComfyNode):
                 io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model."),
                 io.Combo.Input(
                     "adapter_name",
-                    options=model_names("loras", ADAPTERS),
-                    tooltip="Motion adapter in models/loras or models/stylemaster.",
+                    options=names_or_link("loras", ADAPTERS),
+                    tooltip="Motion adapter in models/loras or models/stylemaster; not used if "
+                    "motion_adapter is linked.",
                 ),
                 io.Float.Input(
                     "motion_scale",
@@ -152,6 +161,11 @@ class MotionAdapterLoader(io.ComfyNode):
                     "the weights like any LoRA; a shorter range adds it while sampling, a little "
                     "slower.",
                 ),
+                MotionAdapterSocket.Input(
+                    "motion_adapter",
+                    optional=True,
+                    tooltip="From Load StyleMaster Tiny; takes the place of a file.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with motion adapter.")
@@ -160,16 +174,27 @@ class MotionAdapterLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name: str, **_others: Any) -> str:
-        return fingerprint(model_file(adapter_name, "loras", ADAPTERS))
+        return named_fingerprint(adapter_name, "loras", ADAPTERS)
 
     @classmethod
     def execute(
-        cls, model: Any, adapter_name: str, motion_scale: float, start: float, end: float
+        cls,
+        model: Any,
+        adapter_name: str,
+        motion_scale: float,
+        start: float,
+        end: float,
+        motion_adapter: MotionAdapter | None = None,
     ) -> io.NodeOutput:
-        path = model_file(adapter_name, "loras", ADAPTERS)
-        tensors, _ = read_kind(path, "motion_adapter", "motion adapter")
-        adapter = load_motion_adapter(tensors)
+        adapter = motion_adapter or _load_motion_adapter(adapter_name)
         return io.NodeOutput(patch_motion(model, adapter, motion_scale, start, end))
+
+
+def _load_motion_adapter(name: str) -> MotionAdapter:
+    check_named(name, "motion_adapter")
+    path = model_file(name, "loras", ADAPTERS)
+    tensors, _ = read_kind(path, "motion_adapter", "motion adapter")
+    return load_motion_adapter(tensors)
 
 
 NODES = [LoadAdapter, MotionAdapterLoader]

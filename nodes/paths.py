@@ -16,6 +16,8 @@ ADAPTERS = "stylemaster"
 STYLES = "stylemaster_styles"
 STYLES_SUBFOLDER = "styles"
 
+LINKED = "(linked)"  # in the place of a file's name: another node gives it
+
 _SEPARATORS = re.compile(r"[/\\]")
 
 
@@ -44,6 +46,24 @@ def model_names(*categories: str) -> list[str]:
     return [name for name in names if _SEPARATORS.split(name)[0] != STYLES_SUBFOLDER]
 
 
+def names_or_link(*categories: str) -> list[str]:
+    """Names of the files in these model folders, and the choice to link one instead."""
+    return [*model_names(*categories), LINKED]
+
+
+def check_named(name: str, socket: str) -> None:
+    """Check that a file was chosen, where nothing is linked.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if name == LINKED:
+        raise ConfigError(
+            f"{LINKED} was chosen, but nothing is linked to {socket}; link it (Load StyleMaster "
+            "Tiny gives one), or choose a file"
+        )
+
+
 def model_file(name: str, *categories: str) -> Path:
     """The file of this name in one of these model folders; the first one counts.
 
@@ -63,6 +83,11 @@ def fingerprint(path: Path) -> str:
     """Changes whenever the file does: size and time of the last change."""
     stat = path.stat()
     return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def named_fingerprint(name: str, *categories: str) -> str:
+    """Fingerprint of the chosen file; what is linked instead has one of its own."""
+    return LINKED if name == LINKED else fingerprint(model_file(name, *categories))
 
 
 def find_inside(name: str, folders: Iterable[str | Path]) -> Path | None:

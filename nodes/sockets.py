@@ -17,6 +17,8 @@ from ..stylemaster_core.models.style_projector import StyleProjector
 StyleAdapterSocket: Any = io.Custom("STYLE_ADAPTER")  # StyleAdapter
 StyleFeaturesSocket: Any = io.Custom("STYLE_FEATURES")  # StyleFeatures
 StyleSocket: Any = io.Custom("STYLE")  # the core's Style
+ControlNetSocket: Any = io.Custom("GRAY_TILE_CONTROLNET")  # from `load_native_controlnet`
+MotionAdapterSocket: Any = io.Custom("MOTION_ADAPTER")  # the core's MotionAdapter
 
 
 @dataclass(frozen=True, eq=False)

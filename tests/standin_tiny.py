@@ -6,6 +6,7 @@ Only the VAE is a real one: the linear transform of the demonstration clip.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -44,6 +45,20 @@ def is_shipped() -> bool:
 def shipped_or_standin(folder: Path) -> Path:
     """The folder of the trained weights; of random ones, written to `folder`, without them."""
     return FOLDER if is_shipped() else write_standin(folder)
+
+
+def pack_with_weights(folder: Path) -> Path:
+    """The pack; without the trained weights a copy of it, in `folder`, that has random ones."""
+    pack = FOLDER.parents[1]
+    if is_shipped():
+        return pack
+    for part in ("nodes", "stylemaster_core", "web", "locales", "workflows"):
+        shutil.copytree(pack / part, folder / part)
+    shutil.copy(pack / "__init__.py", folder)
+    place = folder / "stylemaster_core" / FOLDER.name
+    shutil.rmtree(place, ignore_errors=True)
+    write_standin(place)
+    return folder
 
 
 def write_standin(folder: Path) -> Path:

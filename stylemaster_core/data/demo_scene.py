@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+
+from .images import write_image
+from .videos import write_video
+
+FPS = 16
+TINY_FRAMES, TINY_SIZE, TINY_STYLE_PX = 33, (128, 192), 128
 
 
 def demo_clip(num_frames: int = 17, height: int = 128, width: int = 192) -> np.ndarray:
@@ -42,28 +50,57 @@ def _bay(time: float, height: int, width: int) -> np.ndarray:
 
 
 def demo_styles(size: int = 256) -> dict[str, np.ndarray]:
-    """Style pictures, each uint8 [size, size, 3]: a woodcut, a mosaic and a neon screen print."""
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    field = np.sin(7 * x + 3 * np.sin(4 * y)) + np.cos(9 * y - 2 * x)
+    """Style pictures, each uint8 [size, size, 3]: a woodcut, a mosaic and a neon screen print.
+
+    Their textures are of 7 to 10 pixels, whatever the size.
+    """
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+    u, v = x / size, y / size
+    field = np.sin(7 * u + 3 * np.sin(4 * v)) + np.cos(9 * v - 2 * u)
     tone = (field - field.min()) / (field.max() - field.min())
-    return {"woodcut": _woodcut(x, y, tone), "mosaic": _mosaic(x, y), "neon": _neon(x, y, tone)}
+    return {
+        "woodcut": _woodcut(x, y, tone),
+        "mosaic": _mosaic(x, y, tone),
+        "neon": _neon(x, y, tone),
+    }
+
+
+def write_demo_inputs(folder: Path) -> list[Path]:
+    """Write the clip and the style pictures as small as stylemaster-tiny likes them.
+
+    Args:
+        folder: such as ComfyUI's `input`; files that are there already are left as they are.
+
+    Returns:
+        `stylemaster_clip.mp4`, then `stylemaster_<name>.png` of each style.
+    """
+    clip = folder / "stylemaster_clip.mp4"
+    if not clip.exists():
+        write_video(clip, demo_clip(TINY_FRAMES, *TINY_SIZE), fps=FPS)
+    pictures = []
+    for name, pixels in demo_styles(TINY_STYLE_PX).items():
+        pictures.append(folder / f"stylemaster_{name}.png")
+        if not pictures[-1].exists():
+            write_image(pictures[-1], pixels)
+    return [clip, *pictures]
 
 
 def _woodcut(x: np.ndarray, y: np.ndarray, tone: np.ndarray) -> np.ndarray:
-    lines = (np.sin(190 * y + 12 * tone) + 1) / 2
+    lines = (np.sin(2 * np.pi * (0.9 * y + 0.4 * x) / 8) + 1) / 2
     ink = (lines > tone)[..., None]
     return np.where(ink, np.array([38, 30, 34]), np.array([236, 222, 190])).astype(np.uint8)
 
 
-def _mosaic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    cells, grout = 16, 0.12
-    column, row = (x * cells).astype(int), (y * cells).astype(int)
+def _mosaic(x: np.ndarray, y: np.ndarray, tone: np.ndarray) -> np.ndarray:
+    cell, joint = 10, 1.5
     palette = np.array(
-        [[20, 70, 120], [30, 140, 160], [230, 180, 60], [200, 80, 40], [240, 235, 220]]
+        [[20, 70, 120], [30, 140, 160], [200, 80, 40], [230, 180, 60], [240, 235, 220]]
     )
-    choice = (column * 7 + row * 13 + (column * row) % 5) % len(palette)
-    edge = ((x * cells) % 1 < grout) | ((y * cells) % 1 < grout)
-    return np.where(edge[..., None], np.array([50, 50, 55]), palette[choice]).astype(np.uint8)
+    # Each stone has the tone of its middle.
+    row, column = (np.minimum(n // cell * cell + cell // 2, len(n) - 1).astype(int) for n in (y, x))
+    stones = palette[np.minimum((tone[row, column] * len(palette)).astype(int), len(palette) - 1)]
+    edge = ((x % cell) < joint) | ((y % cell) < joint)
+    return np.where(edge[..., None], np.array([50, 50, 55]), stones).astype(np.uint8)
 
 
 def _neon(x: np.ndarray, y: np.ndarray, tone: np.ndarray) -> np.ndarray:
@@ -71,7 +108,7 @@ def _neon(x: np.ndarray, y: np.ndarray, tone: np.ndarray) -> np.ndarray:
         [[20, 10, 60], [120, 20, 160], [240, 40, 140], [255, 170, 40], [60, 240, 220]]
     )
     picture = palette[np.minimum((tone * len(palette)).astype(int), len(palette) - 1)]
-    dots = (((x * 64) % 1 - 0.5) ** 2 + ((y * 64) % 1 - 0.5) ** 2) < 0.05
+    dots = np.cos(2 * np.pi * (x + y) / 10) + np.cos(2 * np.pi * (x - y) / 10) > 1.0
     return np.where(dots[..., None], picture // 3, picture).astype(np.uint8)
 
 

@@ -118,8 +118,8 @@ class ComfyServer:
     Use it as a context manager. All that it writes lies under `base`.
     """
 
-    def __init__(self, checkout: Checkout, base: Path, models: Path) -> None:
-        """Prepare a base directory; `models` is linked into it."""
+    def __init__(self, checkout: Checkout, base: Path, models: Path, pack: Path = PACK) -> None:
+        """Prepare a base directory; `models` and the pack are linked into it."""
         self.checkout = checkout
         self.base = base
         self.port = _free_port()
@@ -127,7 +127,7 @@ class ComfyServer:
         self.process: subprocess.Popen[bytes] | None = None
         (base / "custom_nodes").mkdir(parents=True)
         (base / "input").mkdir()
-        (base / "custom_nodes" / PACK_NAME).symlink_to(PACK)
+        (base / "custom_nodes" / PACK_NAME).symlink_to(pack)
         (base / "custom_nodes" / "stub_nodes.py").symlink_to(HERE / "stub_nodes.py")
         (base / "models").symlink_to(models)
 

@@ -15,6 +15,7 @@ from tests.comfy import small_models
 FOLDER = Path(__file__).parents[2] / "workflows"
 WIDTH, HEIGHT, FRAMES, LONG_FRAMES = 64, 48, 5, 17
 STEPS = 2
+TINY = "tiny_video_to_video"  # brings its own models; see test_tiny.py
 
 # By class of the node: the inputs that decide about size and time.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -32,8 +33,8 @@ def names() -> list[str]:
 
 
 def sampling_names() -> list[str]:
-    """Those that make pictures or videos; the others train."""
-    return [name for name in names() if _has(load(name), "StyleMasterSampler")]
+    """Those that make pictures or videos with models of the user; the others train."""
+    return [name for name in names() if _has(load(name), "StyleMasterSampler") and name != TINY]
 
 
 def _has(workflow: Mapping[str, Any], class_type: str) -> bool:
@@ -115,7 +116,7 @@ def write_inputs(input_dir: Path) -> None:
     """The pictures and clips that the workflows name, and others to put in their place."""
     if (input_dir / "content.mp4").exists():
         return
-    from stylemaster_core.data.demo_scene import demo_clip, demo_styles
+    from stylemaster_core.data.demo_scene import demo_clip, demo_styles, write_demo_inputs
     from stylemaster_core.data.videos import write_video
 
     for name, pixels in {**demo_styles(), "example": demo_styles()["mosaic"]}.items():
@@ -123,3 +124,4 @@ def write_inputs(input_dir: Path) -> None:
     clip = demo_clip(LONG_FRAMES, 72, 96)
     write_video(input_dir / "content.mp4", clip, fps=12)
     write_video(input_dir / "reversed.mp4", clip[::-1].copy(), fps=12)
+    write_demo_inputs(input_dir)

@@ -34,6 +34,7 @@ NODE_IDS = {
     "StyleMasterSaveStyle",
     "StyleMasterStyleEncoder",
     "StyleMasterTextureSelector",
+    "StyleMasterTinyLoader",
     "StyleMasterTrainGlobalProjection",
     "StyleMasterTrainGrayTileControl",
     "StyleMasterTrainMotionAdapter",

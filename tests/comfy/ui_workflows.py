@@ -24,6 +24,7 @@ NOTE = "MarkdownNote"
 # Groups from left to right, and the classes of nodes in each, from top to bottom.
 _GROUPS: dict[str, tuple[str, ...]] = {
     "1  Models": (
+        "StyleMasterTinyLoader",
         "UNETLoader",
         "CLIPLoader",
         "VAELoader",
@@ -243,18 +244,17 @@ def note_of(name: str, api: Mapping[str, Any]) -> str:
             if value in (models if isinstance(value, str) else ()):
                 file = models[value]
                 lines.append(f"- [{value}]({file['url']}) in `models/{file['directory']}`")
-    for class_type, lines_of in _OWN_FILES.items():
-        if any(node["class_type"] == class_type for node in api.values()):
-            lines.append(lines_of)
-    return text + "\n## Files\n\n" + "\n".join(lines) + "\n"
+    values = [value for node in api.values() for value in node["inputs"].values()]
+    lines += [line for file, line in _OWN_FILES.items() if file in values]
+    return text + ("\n## Files\n\n" + "\n".join(lines) + "\n" if lines else "")
 
 
 _OWN_FILES = {
-    "StyleMasterAdapterLoader": "- `stylemaster_adapter.safetensors` in `models/stylemaster`: put "
-    "the released [stylemaster.ckpt](https://huggingface.co/KlingTeam/StyleMaster) there; choosing "
+    "stylemaster_adapter.safetensors": "- `stylemaster_adapter.safetensors` in "
+    "`models/stylemaster`: put the released [stylemaster.ckpt](https://huggingface.co/KlingTeam/StyleMaster) there; choosing "
     "it in *Style adapter* and pressing Run shows the command that converts it",
-    "StyleMasterGrayTileControl": "- `stylemaster_controlnet.safetensors` in `models/controlnet`, "
-    "made by the same command from the release's `controlnet.ckpt`; that file itself works, too",
+    "stylemaster_controlnet.safetensors": "- `stylemaster_controlnet.safetensors` in "
+    "`models/controlnet`, made by the same command from the release's `controlnet.ckpt`; that file itself works, too",
 }
 
 

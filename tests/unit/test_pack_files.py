@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from stylemaster_core.pipelines.encode_style import TextureConfig
+from stylemaster_core.pipelines.stylize import StylizeConfig
+from stylemaster_core.pipelines.tiny import SETTINGS
 from stylemaster_core.queue.workflow import find_role, load_workflow, seed_targets
 from stylemaster_core.training.config import PRESETS
 from stylemaster_core.weights.manifest import load_manifest
@@ -47,6 +50,7 @@ def test_there_is_one_of_each():
         "motion_scale_sweep",
         "long_video",
         "train_motion_adapter",
+        "tiny_video_to_video",
     } <= set(NAMES)
     assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(NAMES)
     assert {path.stem for path in WORKFLOWS.glob("*.jpg")} == set(NAMES)
@@ -70,14 +74,14 @@ def test_links_join_nodes_of_the_workflow(name):
             assert node["inputs"].keys() <= known[node["class_type"]]["inputs"].keys()
 
 
-@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("name", [*SAMPLING, shipped_workflows.TINY])
 def test_the_queue_finds_what_it_sets(name):
     workflow = load_workflow(WORKFLOWS / "api" / f"{name}.json")
     assert find_role(workflow, "prompt").input == "text"
     assert seed_targets(workflow)
     if name != "saved_style":
         assert find_role(workflow, "style").input == "image"
-    if name in ("video_to_video", "long_video"):
+    if name in ("video_to_video", "long_video", shipped_workflows.TINY):
         assert find_role(workflow, "video").input == "file"
 
 
@@ -96,6 +100,22 @@ def test_numbers_are_the_releases(name):
             assert node["inputs"]["factor"] == 8
         if node["class_type"] == "StyleMasterTextureSelector":
             assert (node["inputs"]["mode"], node["inputs"]["drop_rate"]) == ("release", 0.95)
+
+
+def test_numbers_of_the_small_model_are_those_of_the_command_line():
+    nodes = {
+        n["class_type"]: n["inputs"] for n in shipped_workflows.load("tiny_video_to_video").values()
+    }
+    sampler, control = nodes["StyleMasterSampler"], nodes["StyleMasterGrayTileControl"]
+    assert {
+        "num_steps": sampler["steps"],
+        "text_scale": sampler["text_cfg"],
+        "style_scale": sampler["style_cfg"],
+        "tile_factor": control["factor"],
+        "control_range": (control["start"], control["end"]),
+    } == SETTINGS
+    assert (sampler["sampler_name"], sampler["shift"]) == ("euler", StylizeConfig.shift)
+    assert nodes["StyleMasterTextureSelector"]["mode"] == TextureConfig.selection
 
 
 def test_numbers_of_the_training_are_the_presets():
@@ -143,7 +163,7 @@ def test_models_that_can_be_downloaded_say_where(name):
             assert model.get("hash") == entry.sha256
             assert model.get("hash_type") == ("SHA256" if entry.sha256 else None)
         loaders += len(models)
-    assert loaders == (3 if name == "saved_style" else 4)
+    assert loaders == {"saved_style": 3, shipped_workflows.TINY: 0}.get(name, 4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -139,6 +139,14 @@ def draw_thumbnails() -> None:
             s.text((440, 373), result)
         save_jpg(s, name)
 
+    s = sheet("Tiny: restyle without downloads")
+    s.picture((120, 130), frame, wide, "small video")
+    s.picture((120, 300), styles["neon"], (120, 120), "style picture")
+    s.arrow((222, 140), (320, 195))
+    s.arrow((200, 290), (320, 245))
+    s.film((430, 220), (180, 120), "in seconds, on any computer")
+    save_jpg(s, "tiny_video_to_video")
+
     s = sheet("Two styles, one mask")
     both = np.concatenate([styles["mosaic"][:, :128], styles["neon"][:, 128:]], 1)
     mask = np.repeat(np.where(np.arange(288) < 144, 255, 0)[None, :, None], 192, 0)
