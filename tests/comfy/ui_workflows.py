@@ -251,10 +251,12 @@ def note_of(name: str, api: Mapping[str, Any]) -> str:
 
 _OWN_FILES = {
     "stylemaster_adapter.safetensors": "- `stylemaster_adapter.safetensors` in "
-    "`models/stylemaster`: put the released [stylemaster.ckpt](https://huggingface.co/KlingTeam/StyleMaster) there; choosing "
-    "it in *Style adapter* and pressing Run shows the command that converts it",
+    "`models/stylemaster`: put the released "
+    "[stylemaster.ckpt](https://huggingface.co/KlingTeam/StyleMaster) there; choosing it in *Style "
+    "adapter* and pressing Run shows the command that converts it",
     "stylemaster_controlnet.safetensors": "- `stylemaster_controlnet.safetensors` in "
-    "`models/controlnet`, made by the same command from the release's `controlnet.ckpt`; that file itself works, too",
+    "`models/controlnet`, made by the same command from the release's `controlnet.ckpt`; that file "
+    "itself works, too",
 }
 
 
