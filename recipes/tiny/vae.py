@@ -138,6 +138,7 @@ def train_vae(
     lr: float = 1e-3,
     device: str = "cpu",
     pool: ClipPool | None = None,
+    start: str | Path | None = None,
 ) -> Path:
     """Train a `PatchVAE` and write it as float16; an interrupted run goes on from its checkpoint.
 
@@ -150,6 +151,8 @@ def train_vae(
         lr: highest learning rate.
         device: where to train.
         pool: of clips; without it one is kept beside `out`.
+        start: a file of weights whose decoder is trained further; its encoder, and so the latents,
+            stay as they are.
 
     Returns:
         The file of weights, the moving average.
@@ -162,13 +165,17 @@ def train_vae(
     out = Path(out)
     torch.manual_seed(seed)
     pool = pool or clip_pool(out.parent, POOL, seed)
-    vae = PatchVAE()
     folder = out / "checkpoints"
     latest = latest_checkpoint(folder)
-    if latest is None:
-        vae.set_linear(*fit_pca(pool, seed))
+    if start is not None:
+        vae = create_patch_vae(read_state_dict(start).tensors, str(start))
+        vae.patch_decoder.requires_grad_(True)
+    else:
+        vae = PatchVAE()
+        if latest is None:
+            vae.set_linear(*fit_pca(pool, seed))
     vae.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    parameters = dict(vae.named_parameters())
+    parameters = {name: p for name, p in vae.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
     average = MovingAverage(parameters, EMA_DECAY)
     step, spent = 0, 0.0
@@ -208,7 +215,8 @@ def train_vae(
     _save(folder, step, spent, vae, optimizer, average)
     with average.applied():
         final = create_patch_vae(to_cpu(vae.state_dict()), "the trained VAE")
-    final.fold_statistics(*latent_statistics(final, pool, seed))
+    if start is None:
+        final.fold_statistics(*latent_statistics(final, pool, seed))
     return save_patch_vae(out / "vae.safetensors", final, overwrite=True)
 
 
@@ -332,9 +340,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--start", type=Path)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    path = train_vae(args.out, minutes=args.minutes, steps=args.steps, seed=args.seed, lr=args.lr)
+    path = train_vae(
+        args.out,
+        minutes=args.minutes,
+        steps=args.steps,
+        seed=args.seed,
+        batch=args.batch,
+        lr=args.lr,
+        start=args.start,
+    )
     pool = clip_pool(args.out.parent, POOL, args.seed)
     linear = PatchVAE()
     linear.set_linear(*fit_pca(pool, args.seed))
