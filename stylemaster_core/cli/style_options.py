@@ -20,7 +20,7 @@ from ..models.style_tokens import (
     styles_over_time,
 )
 from ..models.texture_selector import SelectionMode
-from ..pipelines.encode_style import TextureConfig, encode_style
+from ..pipelines.encode_style import TextureConfig, encode_style, encode_stylecrafter
 from ..pipelines.models import Models
 from .model_options import parse_range
 
@@ -91,16 +91,34 @@ def add_style_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_styles(args: argparse.Namespace, models: Models, prompt: str) -> list[Style]:
-    """Encode or load each --style."""
+    """Encode or load each --style; with StyleCrafter, pictures to be mixed are read together."""
     styles = []
+    has_stylecrafter = bool(args.style) and models.has_stylecrafter
+    if has_stylecrafter:
+        if texture_config(args) != TextureConfig(crop=args.crop, seed=args.style_seed):
+            raise ConfigError(
+                "StyleCrafter reads all of a picture; leave out --selection, --drop-rate, --keep "
+                "and --no-cls"
+            )
+        is_picture = [path.suffix != ".safetensors" for path in args.style]
+        apart = args.style_weight or args.style_mask or args.blend != "mean"
+        if all(is_picture) and not apart:
+            return [_encode_together(args, models, args.style)]
     for path in args.style:
         if path.suffix == ".safetensors":
             styles.append(load_style(path))
+        elif has_stylecrafter:
+            styles.append(_encode_together(args, models, [path]))
         else:
             image = read_image(path)
             encoded = encode_style(models, image, prompt, texture_config(args), name=path.name)
             styles.append(encoded.style)
     return styles
+
+
+def _encode_together(args: argparse.Namespace, models: Models, paths: list[Path]) -> Style:
+    images, names = [read_image(path) for path in paths], [path.name for path in paths]
+    return encode_stylecrafter(models, images, crop=args.crop, names=names)
 
 
 def blended(args: argparse.Namespace, styles: list[Style]) -> Style:

@@ -63,7 +63,8 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--motion-scale",
         type=float,
-        help="of --motion-adapter, default -0.3; of tiny's own one, which else does not act",
+        help="of --motion-adapter, default -0.3 (StyleCrafter's for videos: 1); of tiny's own one, "
+        "which else does not act",
     )
     group.add_argument(
         "--size",

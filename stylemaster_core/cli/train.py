@@ -17,10 +17,13 @@ TRAINERS = {
     "motion": "the motion adapter, a LoRA, on still clips",
     "control": "the gray-tile ControlNet",
     "base": "a small base transformer, from text alone",
+    "stylecrafter": "a StyleCrafter adapter for Wan, on pictures",
+    "stylecrafter-video": "a LoRA by which a StyleCrafter adapter serves videos, on clips",
 }
 SHORT = {"steps": "run.num_steps", "batch_size": "run.batch_size", "seed": "run.seed"}
 SHORT |= {"lr": "optimizer.lr", "accumulation": "run.accumulation"}
 FILES = ("base", "adapter", "controlnet", "motion_adapter", "global_projection")
+DROPS_STYLE = ("style", "control", "stylecrafter", "stylecrafter-video")
 STOPPED = 130
 
 
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         check_hashes(data.hashes, validation.hashes, "the validation data")
     drops_text = config.trainer != "global-projection" and (
         config.flow.drop_text > 0
-        or (config.trainer in ("style", "control") and config.style.drop_both > 0)
+        or (config.trainer in DROPS_STYLE and config.style.drop_both > 0)
         or (config.run.sample_every > 0 and config.run.sample_text_scale != 1)
     )
     null_text = _null_text(args, data) if drops_text else None

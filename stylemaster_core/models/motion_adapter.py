@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import LayoutError, WeightsError
 
+MOTION_FORMAT = "stylemaster-motion-adapter-1"
+VIDEO_LORA_FORMAT = "stylecrafter-video-lora-1"
+MOTION_SCALE = -0.3  # the paper's choice
 PROJECTIONS = ("q", "k", "v", "o")
 
 
@@ -36,10 +39,13 @@ class MotionAdapter(nn.Module):
 
     Keys: `blocks.N.self_attn.{q,k,v,o}.lora_A.weight` and `lora_B`. Saved files carry the prefix
     `diffusion_model.`, by which ComfyUI's stock LoRA loader knows them.
+
+    StyleCrafter's second stage on Wan trains the same LoRA, and there it is for videos at scale 1.
     """
 
     def __init__(self, num_blocks: int, width: int, rank: int) -> None:
         super().__init__()
+        self.for_videos = False  # the LoRA of StyleCrafter's second stage
         # A tensor, so that compiled blocks need not be compiled again for another scale.
         self._scale = torch.tensor(1.0, dtype=torch.float64, device="cpu")
         self.blocks = nn.ModuleList(
@@ -121,11 +127,22 @@ class Attached:
         self.detach()
 
 
-def attached_motion(transformer: Any, scale: float) -> AbstractContextManager[Any]:
-    """While this context is open, the transformer's motion adapter, if any, acts at `scale`."""
+def attached_motion(
+    transformer: Any, scale: float | None, *, is_video: bool = True
+) -> AbstractContextManager[Any]:
+    """While this context is open, the transformer's motion adapter, if any, acts at `scale`.
+
+    Args:
+        transformer: `StyledWanTransformer`.
+        scale: None for the paper's -0.3, or of StyleCrafter's LoRA 1 in videos and 0 in images.
+        is_video: whether more than one frame is made.
+    """
     adapter = transformer.motion_adapter
+    if adapter is not None and scale is None:
+        scale = float(is_video) if adapter.for_videos else MOTION_SCALE
     if adapter is None or scale == 0:
         return nullcontext()
+    assert scale is not None
     adapter.scale = scale
     return adapter.attach(transformer)
 

@@ -235,3 +235,11 @@ def _heads(given: int | None, width: int, what: str) -> int:
     if heads < 1 or width % heads:
         raise WeightsError(f"the width {width} of the {what} is no multiple of {heads} heads")
     return heads
+
+
+def stylecrafter_heads(metadata: Mapping[str, str]) -> dict[str, int | None]:
+    """Heads as a file's header tells, named as arguments of `load_stylecrafter_encoder`."""
+    names = {"num_heads": "style_num_heads", "scale_num_heads": "scale_num_heads"}
+    return {
+        option: int(metadata[name]) if name in metadata else None for option, name in names.items()
+    }

@@ -26,7 +26,11 @@ from .decoupled_attention import (
     region_masks,
     scaled_norm,
 )
-from .stylecrafter import StyleCrafterEncoder, is_encoder_key, load_stylecrafter_encoder
+from .stylecrafter import (
+    StyleCrafterEncoder,
+    load_stylecrafter_encoder,
+    stylecrafter_heads,
+)
 
 logger = logging.getLogger("stylemaster")
 
@@ -142,16 +146,7 @@ def load_stylecrafter_sdxl(
     shapes = shapes_of(state_dict)
     sizes = stylecrafter_sdxl_sizes(shapes)
     check_keys(shapes, expected_stylecrafter_sdxl_shapes(sizes), "StyleCrafter adapter for SDXL")
-    heads = {
-        option: None if name not in (metadata or {}) else int((metadata or {})[name])
-        for option, name in (
-            ("num_heads", "style_num_heads"),
-            ("scale_num_heads", "scale_num_heads"),
-        )
-    }
-    encoder = load_stylecrafter_encoder(
-        {key: value for key, value in state_dict.items() if is_encoder_key(key)}, **heads
-    )
+    encoder = load_stylecrafter_encoder(state_dict, **stylecrafter_heads(metadata or {}))
     with torch.device("meta"):
         module = StyleCrafterSdxl(encoder, sizes.layer_widths)
     for index, layer in enumerate(module.layers):

@@ -28,10 +28,12 @@ from .decoupled_attention import (
     StyleRegion,
     attend,
     create_style_attention,
+    is_branch_key,
     region_masks,
     style_residual,
 )
 from .motion_adapter import MotionAdapter
+from .stylecrafter import is_encoder_key
 from .timestep import sinusoidal_embedding
 from .wan_block import Rotary, StyledWanBlock, WideLayerNorm, widen
 
@@ -140,7 +142,8 @@ class StyledWanTransformer(WanTransformer3DModel):
         if self.style_attention is None:
             raise WeightsError(
                 "a style was given, but this transformer was loaded without style weights "
-                "(blocks.N.cross_attn.k_img, v_img, norm_k_img); load a StyleMaster adapter"
+                "(blocks.N.cross_attn.k_img, v_img, norm_k_img); load a StyleMaster adapter, or a "
+                "StyleCrafter adapter for Wan"
             )
         return [self.style_attention(region) for region in regions]
 
@@ -158,11 +161,13 @@ class StyledWanTransformer(WanTransformer3DModel):
             keys_values: from `style_keys_values`, one per region.
             masks: from `region_masks`.
             no_style: whether rows and places without style attend to zero tokens (as the release
-                does) or skip the branch.
+                does) or skip the branch, as they always do with StyleCrafter.
         """
         assert self.style_attention is not None
         like = keys_values[0].keys
-        zero = self.style_attention.no_style(regions).to(like) if no_style else None
+        zero = None
+        if no_style and not self.style_attention.bypass:
+            zero = self.style_attention.no_style(regions).to(like)
         masks = tuple(mask.to(like) for mask in masks)
         return [
             BlockStyle(
@@ -170,6 +175,7 @@ class StyledWanTransformer(WanTransformer3DModel):
                 tuple(kv.values[i] for kv in keys_values),
                 masks,
                 None if zero is None else zero[i],
+                tuple((kv.norm[0][i], kv.norm[1][i]) for kv in keys_values if kv.norm is not None),
             )
             for i in range(len(self.blocks))
         ]
@@ -445,8 +451,9 @@ def load_transformer(
     """Build the transformer from a release-format state dict; all sizes are read off it.
 
     Args:
-        state_dict: Wan's own (and ComfyUI's) or diffusers' key names, with or without `*_img` keys;
-            `style_model.*` keys are left to `load_style_projector`. Tensors are not copied.
+        state_dict: Wan's own (and ComfyUI's) or diffusers' key names, with or without the style
+            branch of a StyleMaster or StyleCrafter adapter; the adapter's encoder is left to
+            `load_style_projector` or `load_stylecrafter_encoder`. Tensors are not copied.
         num_heads: None for width / 128, Wan's head width.
 
     Returns:
@@ -458,7 +465,11 @@ def load_transformer(
     weights = strip_prefix(dict(state_dict))
     weights = {key: value for key, value in weights.items() if not key.startswith("style_model.")}
     _check_patches(weights)
-    base = {key: value for key, value in weights.items() if "_img." not in key}
+    base = {
+        key: value
+        for key, value in weights.items()
+        if not is_branch_key(key) and not is_encoder_key(key)
+    }
     if "condition_embedder.time_proj.weight" not in base:
         base = native_to_diffusers(base)
     config = _read_config(base, num_heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -106,7 +107,7 @@ def encode_style(
         )
     provenance: dict[str, object] = {
         "image": name,
-        "image_sha256": hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest(),
+        "image_sha256": _sha256(image),
         "prompt": prompt,
         "texture": asdict(config),
         "adapter": Path(models.files.adapter or models.files.transformer or "").name,
@@ -114,3 +115,42 @@ def encode_style(
     style = Style(result.tokens.float().cpu(), provenance)
     maps = relevance_map(Selection(result.kept, result.similarity), patches.shape[1])
     return EncodedStyle(style, *maps, shuffled)
+
+
+@torch.no_grad()
+def encode_stylecrafter(
+    models: Models,
+    images: Sequence[np.ndarray],
+    *,
+    crop: CropMode = "center",
+    names: Sequence[str] = (),
+) -> Style:
+    """Encode pictures that are references of one style, with a StyleCrafter adapter for Wan.
+
+    Args:
+        models: provides CLIP and the adapter.
+        images: uint8 [H, W, 3] each; they are read together.
+        crop: how CLIP's square is cut.
+        names: of the pictures, for the provenance.
+
+    Raises:
+        LayoutError, WeightsError: for pictures or files that cannot work.
+
+    Source: StyleCrafter, sec. 3.2. Deviation: the features are CLIP's last hidden state as this
+    project's training data hold it, without post-layernorm on CLS, and prepared by CLIP's own rule.
+    """
+    with models.stylecrafter() as adapter, models.image_encoder() as encoder:
+        pixels = [clip_pixels(image, crop=crop)[None] for image in images]
+        tokens = adapter([encoder.encode(picture).patch_features for picture in pixels])
+    provenance: dict[str, object] = {
+        "method": "stylecrafter-wan",
+        "images": list(names),
+        "images_sha256": [_sha256(image) for image in images],
+        "crop": crop,
+        "adapter": Path(models.files.adapter or "").name,
+    }
+    return Style(tokens.float().cpu(), provenance)
+
+
+def _sha256(image: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()

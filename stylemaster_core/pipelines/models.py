@@ -6,7 +6,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -17,10 +17,12 @@ from ..errors import ConfigError, UnsupportedHostError, WeightsError
 
 if TYPE_CHECKING:
     from ..models.clip_text import ClipText
+    from ..models.decoupled_attention import StyleRegion
     from ..models.gray_tile_controlnet import GrayTileControlNet
     from ..models.image_encoder import ImageEncoder
     from ..models.patch_vae import PatchVAE
     from ..models.style_projector import StyleProjector
+    from ..models.stylecrafter import StyleCrafterEncoder
     from ..models.text_encoder import TextEncoder
     from ..models.vae import WanVAE
     from ..models.wan_transformer import StyledWanTransformer
@@ -42,7 +44,8 @@ class ModelFiles:
         vae: Wan VAE, file or folder.
         text_encoder: UMT5-XXL, file or folder.
         image_encoder: CLIP ViT-H/14 vision tower, file or folder.
-        adapter: StyleMaster adapter, unless `transformer` is the whole release.
+        adapter: StyleMaster adapter, unless `transformer` is the whole release; or a StyleCrafter
+            adapter for Wan.
         controlnet: gray-tile ControlNet.
         motion_adapter: motion LoRA.
         clip_text: CLIP ViT-H/14 text tower; only texture mode `paper` needs it.
@@ -240,6 +243,41 @@ class Models:
             yield model
 
     @contextmanager
+    def stylecrafter(self) -> Iterator[StyleCrafterEncoder]:
+        with self._borrow("stylecrafter", self._load_stylecrafter) as model:
+            yield model
+
+    @property
+    def has_stylecrafter(self) -> bool:
+        """Whether the adapter is StyleCrafter's; otherwise it is StyleMaster's."""
+        from ..weights.files import read_keys
+        from ..weights.state_dict import detect_kind
+
+        if self.files.adapter is None or not Path(self.files.adapter).is_file():
+            return False
+        shapes = {key: shape for key, (shape, _) in read_keys(self.files.adapter).items()}
+        return detect_kind(shapes) == "stylecrafter_wan"
+
+    def with_gains(
+        self, regions: Sequence[StyleRegion] | None, text: Tensor
+    ) -> Sequence[StyleRegion] | None:
+        """Styles with the gains that a StyleCrafter adapter predicts; others as they are.
+
+        Args:
+            regions: styles; those that have gains keep them.
+            text: [1, L, Dt] features of the positive prompt.
+        """
+        if not regions or not self.has_stylecrafter:
+            return regions
+        with self.stylecrafter() as encoder, torch.no_grad():
+            return [
+                replace(region, gains=encoder.gains(text, region.tokens.to(self.device)))
+                if region.gains is None
+                else region
+                for region in regions
+            ]
+
+    @contextmanager
     def transformer(self) -> Iterator[StyledWanTransformer]:
         with self._borrow("transformer", self._load_transformer) as model:
             yield model
@@ -275,20 +313,30 @@ class Models:
             global_embeds=metadata.get("global_embeds"),
         ).to(self.device)
 
+    def _load_stylecrafter(self) -> StyleCrafterEncoder:
+        from ..models.stylecrafter import load_stylecrafter_encoder, stylecrafter_heads
+
+        path = self.files.need("adapter", "A style")
+        weights, metadata = _read(path, {"stylecrafter_wan"}, "a StyleCrafter adapter for Wan")
+        weights = {key: value.float() for key, value in weights.items()}
+        heads = stylecrafter_heads(metadata)
+        return load_stylecrafter_encoder(weights, **heads).to(self.device)
+
     def _load_transformer(self) -> StyledWanTransformer:
-        from ..models.motion_adapter import load_motion_adapter
+        from ..models.decoupled_attention import is_branch_key
+        from ..models.motion_adapter import VIDEO_LORA_FORMAT, load_motion_adapter
         from ..models.wan_transformer import load_transformer
-        from ..weights.state_dict import strip_prefix, style_path_report
+        from ..weights.state_dict import split_release, strip_prefix, style_path_report
 
         path = self.files.need("transformer", "Every task")
         kinds = {"stylemaster", "wan_native", "wan_diffusers"}
         weights = strip_prefix(_read(path, kinds, "a Wan 2.1 text-to-video transformer").tensors)
         if self.files.adapter is not None:
-            kinds = {"style_adapter", "stylemaster"}
-            adapter = _read(self.files.adapter, kinds, "a StyleMaster adapter").tensors
-            weights = {k: v for k, v in weights.items() if "_img." not in k}
-            weights |= {k: v for k, v in strip_prefix(adapter).items() if "_img." in k}
-        if any("_img." in key for key in weights):
+            kinds = {"style_adapter", "stylemaster", "stylecrafter_wan"}
+            what = "a StyleMaster adapter, or a StyleCrafter adapter for Wan"
+            adapter = _read(self.files.adapter, kinds, what).tensors
+            weights = split_release(weights)[0] | split_release(strip_prefix(adapter))[1]
+        if any(is_branch_key(key) for key in weights):
             report = style_path_report(weights)
             if report.is_uniform:
                 logger.warning(report.message)
@@ -304,10 +352,10 @@ class Models:
         else:
             cast(torch.nn.Module, model).to(self.device)
         if self.files.motion_adapter is not None:
-            motion = _read(
-                self.files.motion_adapter, {"motion_adapter"}, "a motion adapter"
-            ).tensors
-            model.motion_adapter = load_motion_adapter(self._cast(motion)).to(self.device)
+            file = _read(self.files.motion_adapter, {"motion_adapter"}, "a motion adapter")
+            motion = load_motion_adapter(self._cast(file.tensors)).to(self.device)
+            motion.for_videos = file.metadata.get("format") == VIDEO_LORA_FORMAT
+            model.motion_adapter = motion
         if self.compile_blocks:
             model.compile_repeated_blocks(fullgraph=True)
         return model

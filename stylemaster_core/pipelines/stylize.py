@@ -57,7 +57,7 @@ class StylizeConfig:
     control_scale: float = 1.0
     control_range: tuple[float, float] = (0.0, 0.7)
     tile_factor: int = 8
-    motion_scale: float = -0.3
+    motion_scale: float | None = None  # None: -0.3, of StyleCrafter's video LoRA 1
     windows: WindowConfig | None = field(default_factory=WindowConfig)
     batch_branches: bool = False
 
@@ -106,6 +106,7 @@ def stylize(
 
     stage("encoding the prompt")
     text, negative = models.encode_text([config.prompt, config.negative_prompt]).split(1)
+    regions = models.with_gains(regions, text)
 
     control_latents = clean = None
     if source is not None:
@@ -126,7 +127,8 @@ def stylize(
     stage("sampling")
     use_control = control_latents is not None
     with models.transformer() as transformer:
-        motion = attached_motion(transformer, config.motion_scale)
+        is_video = config.task.endswith("video")
+        motion = attached_motion(transformer, config.motion_scale, is_video=is_video)
         with motion, models.controlnet() if use_control else nullcontext() as controlnet:
             latents = denoise(
                 transformer,

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ConfigError, StyleMasterError, WeightsError
 from .checkpoint import Checkpoint
-from .config import TrainConfig, config_to_dict
+from .config import TrainConfig, config_from_dict, config_to_dict
 from .samples import TrainingData, check_keys_of, group_by_size
 from .trainer import Trainer
 
@@ -82,7 +82,9 @@ def check_resume(
             f"{config.trainer!r}; go on with that trainer, or choose another --out"
         )
     check_hashes(checkpoint.hashes, hashes, "what the run is to go on with")
-    before, after = _flat(checkpoint.config), _flat(config_to_dict(config))
+    # Settings that came with a later version had their defaults.
+    begun = config_to_dict(config_from_dict(checkpoint.config))
+    before, after = _flat(begun), _flat(config_to_dict(config))
     differing = sorted(
         key
         for key in {*before, *after} - FREE_FIELDS - BATCH_FIELDS

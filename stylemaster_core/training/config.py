@@ -14,7 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from ..errors import ConfigError
 from ..models.texture_selector import SelectionMode
 
-TrainerName = Literal["global-projection", "style", "motion", "control", "base"]
+TrainerName = Literal[
+    "global-projection", "style", "motion", "control", "base", "stylecrafter", "stylecrafter-video"
+]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -128,6 +130,21 @@ class BaseConfig:
 
 
 @dataclass(frozen=True)
+class StyleCrafterConfig:
+    """StyleCrafter on Wan: sizes of a new adapter, and the second stage."""
+
+    num_tokens: int = 16
+    num_layers: int = 3  # of the query transformer
+    num_heads: int | None = None  # of the query transformer; None: width / 64
+    scale_width: int = 512  # of the scale predictor
+    scale_num_layers: int = 2
+    scale_num_heads: int | None = None  # None: width / 64
+    norm: bool = True  # LayerNorm of the style branch; it starts at 0, so at the base model
+    rank: int = 32  # of the second stage's LoRA
+    image_share: float = 0.2  # of the second stage's samples
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a run is told. Sections that a trainer has no use for are ignored by it."""
 
@@ -140,6 +157,7 @@ class TrainConfig:
     motion: MotionConfig = field(default_factory=MotionConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
+    stylecrafter: StyleCrafterConfig = field(default_factory=StyleCrafterConfig)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -275,6 +293,8 @@ def _check(config: TrainConfig) -> None:
         "flow.text_length": flow.text_length,
         "motion.rank": config.motion.rank,
         "control.stride": config.control.stride,
+        "stylecrafter.num_tokens": config.stylecrafter.num_tokens,
+        "stylecrafter.rank": config.stylecrafter.rank,
     }
     not_negative = {
         "run.checkpoint_blocks": run.checkpoint_blocks,
@@ -292,6 +312,7 @@ def _check(config: TrainConfig) -> None:
         "style.drop_style": style.drop_style,
         "style.drop_both": style.drop_both,
         "control.drop_control": config.control.drop_control,
+        "stylecrafter.image_share": config.stylecrafter.image_share,
     }
     positive = {
         "optimizer.lr": optimizer.lr,
@@ -355,6 +376,22 @@ PRESETS: dict[str, TrainConfig] = {
         dataclasses.replace(_BIG, num_steps=20_000, accumulation=4, checkpoint_blocks=1),
         OptimizerConfig(lr=5e-5, warmup_steps=500, ema_decay=0.999),
     ),
+    # StyleCrafter, stage 1 (its SDXL version: 80k steps of 128, lr 5e-5, no dropout of conditions).
+    "stylecrafter-images": TrainConfig(
+        "stylecrafter",
+        dataclasses.replace(_BIG, num_steps=40_000, batch_size=16, save_every=1000),
+        OptimizerConfig(lr=5e-5, weight_decay=0.0),
+        FlowConfig(drop_text=0.0),
+        StyleConfig(drop_style=0.0, drop_both=0.0),
+    ),
+    # Stage 2 (its video version: 20k steps on 8 GPUs), from the adapter of stage 1.
+    "stylecrafter-clips": TrainConfig(
+        "stylecrafter-video",
+        dataclasses.replace(_BIG, num_steps=20_000, accumulation=8, checkpoint_blocks=1),
+        OptimizerConfig(lr=5e-5, weight_decay=0.0),
+        FlowConfig(drop_text=0.0),
+        StyleConfig(drop_style=0.0, drop_both=0.0),
+    ),
     "base": TrainConfig(
         "base",
         RunConfig(num_steps=20_000, batch_size=64, precision="bfloat16", num_workers=2),
@@ -362,4 +399,9 @@ PRESETS: dict[str, TrainConfig] = {
         FlowConfig(timesteps="logit_normal", weighting="none"),
     ),
 }
-DEFAULT_PRESET: dict[str, str] = {"style": "style-images"}  # where it is not the trainer's name
+# Where it is not the trainer's name.
+DEFAULT_PRESET: dict[str, str] = {
+    "style": "style-images",
+    "stylecrafter": "stylecrafter-images",
+    "stylecrafter-video": "stylecrafter-clips",
+}

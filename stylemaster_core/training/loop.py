@@ -96,6 +96,7 @@ def train(
     run = trainer.config.run
     if run.validate_every and validation is None:
         data, validation = split_validation(data, run.validation_samples, run.seed)
+    data = trainer.arrange(data)
     check_trained(trainer)
     check_data(trainer, data)
     if validation is not None:

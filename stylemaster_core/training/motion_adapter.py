@@ -11,13 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import LayoutError
-from ..models.motion_adapter import MotionAdapter, load_motion_adapter, motion_adapter_state_dict
+from ..models.motion_adapter import (
+    MOTION_FORMAT,
+    MotionAdapter,
+    load_motion_adapter,
+    motion_adapter_state_dict,
+)
 from .config import TrainConfig
 from .flow_matching import FlowDraws, FlowMatchTrainer, StateDict, frozen_transformer, trainable
 from .samples import Sample, generator_of
 from .trainer import TrainedFile, stored
-
-MOTION_FORMAT = "stylemaster-motion-adapter-1"
 
 
 class MotionAdapterTrainer(FlowMatchTrainer):

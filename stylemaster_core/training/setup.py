@@ -29,6 +29,11 @@ from .gray_tile_controlnet import create_control_trainer
 from .motion_adapter import create_motion_trainer
 from .samples import TrainingData
 from .style_modulation import create_style_trainer
+from .stylecrafter import (
+    create_stylecrafter_trainer,
+    create_stylecrafter_video_trainer,
+    heads_as_trained,
+)
 from .trainer import Trainer
 
 logger = logging.getLogger("stylemaster")
@@ -40,12 +45,15 @@ _KINDS = {
     "motion_adapter": {"motion_adapter"},
     "global_projection": {"style_adapter"},
 }
+_STYLECRAFTER = {"stylecrafter_wan"}
 _USED: dict[str, tuple[str, ...]] = {
     "global-projection": ("global_projection",),
     "style": ("base", "adapter", "global_projection"),
     "motion": ("base", "motion_adapter"),
     "control": ("base", "controlnet", "adapter", "global_projection"),
     "base": ("base",),
+    "stylecrafter": ("base", "adapter"),
+    "stylecrafter-video": ("base", "adapter", "motion_adapter"),
 }
 
 
@@ -96,7 +104,7 @@ def create_trainer(
         raise ConfigError(
             f"the trainer {name!r} has no use for --{unused[0].replace('_', '-')}; leave it out"
         )
-    if files.base is None and name in ("style", "motion", "control"):
+    if files.base is None and name not in ("global-projection", "base"):
         raise WeightsError(f"the trainer {name!r} needs a base transformer; give it with --base")
     if len(data) == 0:
         raise ConfigError("the dataset is empty; add samples, or look at what was skipped and why")
@@ -106,11 +114,15 @@ def create_trainer(
         weights[key] = None
         if path is not None:
             logger.info("reading the %s: %s", key.replace("_", " "), path)
-            weights[key], metadata = _read(path, key, meta)
+            kinds = _STYLECRAFTER if key == "adapter" and "stylecrafter" in name else _KINDS[key]
+            weights[key], metadata = _read(path, key, kinds, meta)
             if not meta:
                 provenance[f"{key}_sha256"] = _hash(path)
             if key == "adapter":
-                config = _as_trained(config, metadata, files.global_projection is not None)
+                if kinds == _STYLECRAFTER:
+                    config = heads_as_trained(config, metadata)
+                else:
+                    config = _as_trained(config, metadata, files.global_projection is not None)
             check_hashes(
                 {k: v for k, v in metadata.items() if k.startswith("data_")},
                 provenance,
@@ -139,6 +151,18 @@ def _create(
     base = weights["base"]
     if config.trainer == "base":
         return create_base_trainer(config, base, **more)
+    if config.trainer == "stylecrafter":
+        return create_stylecrafter_trainer(
+            config, base, features, adapter=weights["adapter"], **more
+        )
+    if config.trainer == "stylecrafter-video":
+        adapter, lora = weights["adapter"], weights["motion_adapter"]
+        if adapter is None:
+            raise WeightsError(
+                "the trainer 'stylecrafter-video' needs the adapter of the first stage; give it "
+                "with --adapter"
+            )
+        return create_stylecrafter_video_trainer(config, base, adapter, lora=lora, **more)
     if config.trainer == "motion":
         return create_motion_trainer(config, base, adapter=weights["motion_adapter"], **more)
     more |= {"adapter": weights["adapter"], "contrastive": weights["global_projection"]}
@@ -147,7 +171,9 @@ def _create(
     return create_control_trainer(config, base, features, controlnet=weights["controlnet"], **more)
 
 
-def _read(path: Path, key: str, meta: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(
+    path: Path, key: str, kinds: set[str], meta: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a file, or of all safetensors of a folder, and the file's metadata."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -161,7 +187,7 @@ def _read(path: Path, key: str, meta: bool) -> tuple[dict[str, Tensor], dict[str
             metadata |= content.metadata
     tensors = strip_prefix(tensors)
     kind = detect_kind(shapes_of(tensors))
-    if kind not in _KINDS[key]:
+    if kind not in kinds:
         raise WeightsError(
             f"--{key.replace('_', '-')}: {path} is {describe_kind(kind)}; a file of another kind "
             "is needed here"

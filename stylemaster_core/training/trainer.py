@@ -46,6 +46,10 @@ class Trainer(nn.Module, ABC):
     def check(self, shapes: Mapping[str, tuple[int, ...]], num_samples: int) -> None:
         """Raise a `StyleMasterError` if samples of these shapes cannot be trained on."""
 
+    def arrange(self, data: TrainingData) -> TrainingData:
+        """The samples of an epoch; a trainer may repeat some of them."""
+        return data
+
     def metrics(self, dataset: TrainingData) -> dict[str, float]:
         """More numbers about held-out samples than their loss."""
         return {}

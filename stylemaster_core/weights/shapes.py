@@ -80,6 +80,17 @@ class StyleCrafterSdxlSizes:
     layer_widths: tuple[int, ...] = (640,) * 4 + (1280,) * 50 + (640,) * 6 + (1280,) * 10
 
 
+@dataclass(frozen=True)
+class StyleCrafterWanSizes:
+    """Sizes of a StyleCrafter adapter for Wan; the defaults are for Wan 2.1 T2V 1.3B."""
+
+    encoder: StyleCrafterSizes = StyleCrafterSizes(
+        style_width=1536, text_width=4096, num_layers=3, num_scales=30
+    )
+    width: int = 1536  # of the transformer
+    norm_style: bool = True
+
+
 def expected_base_shapes(sizes: WanSizes | None = None) -> dict[str, Shape]:
     """Keys and shapes of a native Wan text-to-video transformer.
 
@@ -189,6 +200,39 @@ def expected_stylecrafter_sdxl_shapes(
             shapes[sdxl_layer_key(index, f"{name}.weight")] = (width, s.encoder.style_width)
         shapes |= _layer_norm(sdxl_layer_key(index, "norm_style"), width)
     return shapes
+
+
+def expected_stylecrafter_wan_shapes(
+    sizes: StyleCrafterWanSizes | None = None,
+) -> dict[str, Shape]:
+    """Keys and shapes of a StyleCrafter adapter for Wan: its encoder, K, V and norms of each block.
+
+    Args:
+        sizes: by default those for Wan 2.1 T2V 1.3B.
+
+    Returns:
+        Key to shape.
+    """
+    s = sizes or StyleCrafterWanSizes()
+    shapes = expected_stylecrafter_encoder_shapes(s.encoder)
+    for block in range(s.encoder.num_scales):
+        prefix = f"blocks.{block}.cross_attn."
+        shapes |= _linear(f"{prefix}k_img", s.encoder.style_width, s.width)
+        shapes |= _linear(f"{prefix}v_img", s.encoder.style_width, s.width)
+        shapes[f"{prefix}norm_k_img.weight"] = (s.width,)
+        if s.norm_style:
+            shapes |= _layer_norm(f"{prefix}norm_style", s.width)
+    return shapes
+
+
+def stylecrafter_wan_sizes(shapes: Mapping[str, Shape]) -> StyleCrafterWanSizes:
+    """Read the sizes of a StyleCrafter adapter for Wan off its shapes; as `stylecrafter_sizes`."""
+    key = "blocks.0.cross_attn.k_img.weight"
+    return StyleCrafterWanSizes(
+        stylecrafter_sizes(shapes),
+        _shape(shapes, key, 2, "a StyleCrafter adapter for Wan")[0],
+        "blocks.0.cross_attn.norm_style.weight" in shapes,
+    )
 
 
 def sdxl_layer_key(index: int, name: str) -> str:

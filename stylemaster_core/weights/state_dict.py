@@ -61,6 +61,7 @@ Kind = Literal[
     "umt5_native",
     "style_tokens",
     "stylecrafter_sdxl",
+    "stylecrafter_wan",
     "stylecrafter_video",
     "unknown",
 ]
@@ -86,13 +87,17 @@ _DESCRIPTIONS: dict[Kind, str] = {
     "the file from Comfy-Org/Wan_2.1_ComfyUI_repackaged",
     "style_tokens": "saved style tokens of one or more style images",
     "stylecrafter_sdxl": "a StyleCrafter adapter for SDXL; put it into models/stylecrafter",
+    "stylecrafter_wan": "a StyleCrafter adapter for Wan; put it into models/stylecrafter",
     "stylecrafter_video": "a StyleCrafter adapter for VideoCrafter; put it into "
     "models/stylecrafter",
     "unknown": "of a kind that StyleMaster does not know",
 }
 
+_ADAPTER_PARTS = ("style_model.", "image_context_model.", "scale_predictor.")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_IMAGE_KEY = re.compile(r"blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)\.(weight|bias)")
+_IMAGE_KEY = re.compile(
+    r"blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img|norm_style)\.(weight|bias)"
+)
 _LORA_KEY = re.compile(r"(.+)\.lora_(?:A|B|down|up)(?:\.default)?\.weight")
 _MOTION_TARGET = re.compile(r"blocks\.\d+\.self_attn\.[qkvo]")
 _NORM_KEY = re.compile(r"blocks\.(\d+)\.cross_attn\.norm_k_img\.weight")
@@ -175,13 +180,13 @@ def split_release(state_dict: Mapping[str, Value]) -> tuple[dict[str, Value], di
         state_dict: keys of stylemaster.ckpt without prefix.
 
     Returns:
-        (base, adapter); the adapter is `style_model.*` and the image K and V of each block. Each is
-        empty if the file has none of it.
+        (base, adapter); the adapter is `style_model.*`, or StyleCrafter's encoder, and the image K
+        and V of each block. Each is empty if the file has none of it.
     """
     base: dict[str, Value] = {}
     adapter: dict[str, Value] = {}
     for key, value in state_dict.items():
-        in_adapter = key.startswith("style_model.") or _IMAGE_KEY.fullmatch(key) is not None
+        in_adapter = key.startswith(_ADAPTER_PARTS) or _IMAGE_KEY.fullmatch(key) is not None
         (adapter if in_adapter else base)[key] = value
     return base, adapter
 
@@ -284,13 +289,15 @@ def _style_or_host(keys: set[str]) -> Kind | None:
         return "stylemaster" if has_wan else "style_adapter"
     if has_wan:
         return "wan_native"
+    if _any_starts(keys, ("image_context_model.",)):
+        if any(_IMAGE_KEY.fullmatch(key) for key in keys):
+            return "stylecrafter_wan"
+        numbered = any(re.match(r"kv_attn_layers\.\d+\.", key) for key in keys)
+        return "stylecrafter_sdxl" if numbered else "stylecrafter_video"
     if any(_IMAGE_KEY.fullmatch(key) for key in keys):
         return "style_adapter"
     if {"scale_shift_table", "blocks.0.attn1.to_q.weight"} <= keys:
         return "wan_diffusers"
-    if _any_starts(keys, ("image_context_model.",)):
-        numbered = any(re.match(r"kv_attn_layers\.\d+\.", key) for key in keys)
-        return "stylecrafter_sdxl" if numbered else "stylecrafter_video"
     return None
 
 

@@ -434,6 +434,33 @@ def test_train_the_others(trainer, small, cache, pairs, tmp_path):
     assert read_state_dict(path).metadata["trainer"] == trainer
 
 
+def test_train_both_stages_of_stylecrafter(small, cache, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    common = ["--data", cache, "--base", small.stylemaster, *QUICK]
+    sizes = [f"stylecrafter.{s}" for s in ("num_layers=1", "num_heads=2", "scale_width=32",
+             "scale_num_heads=4", "rank=2", "image_share=0")]  # fmt: skip
+    settings = [part for size in sizes for part in ("--set", size)]
+    one = ["stylecrafter", *common, *settings, "--out", first]
+    for extra in ("--dry-run", "--no-progress"):
+        assert command(*one, extra) == 0
+    assert "style_attention" not in capsys.readouterr().err
+    (adapter,) = first.glob("*.safetensors")
+    header = read_state_dict(adapter).metadata
+    assert header["format"] == "stylecrafter-wan-1" and header["base_model"] == "custom"
+    two = ["stylecrafter-video", *common, "--adapter", adapter, "--out", second]
+    two += ["--set", "stylecrafter.rank=2", "--set", "stylecrafter.image_share=0"]
+    for extra in ("--dry-run", "--no-progress"):
+        assert command(*two, extra) == 0
+    (lora,) = second.glob("*.safetensors")
+    content = read_state_dict(lora)
+    assert content.metadata["format"] == "stylecrafter-video-lora-1"
+    assert content.metadata["adapter_sha256"] and len(content.tensors) == 4 * 4 * 2
+    with pytest.raises(WeightsError, match="--adapter: .* StyleCrafter adapter for Wan"):
+        command("style", *common, *UNDROPPED, "--adapter", adapter, "--out", tmp_path / "third")
+    with pytest.raises(WeightsError, match="needs the adapter of the first stage"):
+        command(*two[:-8], "--out", tmp_path / "third")
+
+
 @pytest.mark.parametrize("trainer", ["global-projection", "style", "motion", "control", "base"])
 def test_dry_run(trainer, small, cache, pairs, tmp_path, capsys):
     data = pairs if trainer == "global-projection" else cache

@@ -187,6 +187,7 @@ UMT5_BIAS = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weigh
         ("umt5_native", ["token_embedding.weight", "blocks.0.attn.q.weight"]),
         ("style_tokens", ["style_tokens"]),
         ("stylecrafter_sdxl", ["image_context_model.proj", "kv_attn_layers.1.to_k.weight"]),
+        ("stylecrafter_wan", ["image_context_model.proj", "blocks.0.cross_attn.k_img.weight"]),
         ("stylecrafter_video", ["image_context_model.proj", "kv_attn_layers.input_1_1.k.weight"]),
         ("unknown", []),
         ("unknown", ["model.layers.0.weight"]),
