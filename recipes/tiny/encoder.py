@@ -31,6 +31,7 @@ from stylemaster_core.weights.files import write_state_dict
 
 from .encoder_pool import SIZE_PX, Pool, load_or_draw_pool
 from .encoder_probe import embed, probe_encoder
+from .limit import TimeLimit, TimeOver
 
 logger = logging.getLogger("stylemaster")
 
@@ -85,6 +86,8 @@ def train_encoder(
     pool: Pool,
     held_out: Pool | None = None,
     config: EncoderConfig | None = None,
+    device: str = "cpu",
+    limit: TimeLimit | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Train a style encoder, or go on where a run in `out` stopped.
@@ -97,6 +100,8 @@ def train_encoder(
         pool: what it learns from.
         held_out: what it is probed with, or None: no probes.
         config: how to train.
+        device: where to train.
+        limit: of this call.
         progress: show a bar.
 
     Returns:
@@ -104,6 +109,7 @@ def train_encoder(
 
     Raises:
         ConfigError: unless exactly one of `steps` and `minutes` is given.
+        TimeOver: when the limit is reached; the state is written before.
     """
     if (steps is None) == (minutes is None):
         raise ConfigError(
@@ -115,7 +121,8 @@ def train_encoder(
     model = create_encoder(pool, seed)
     # In bfloat16 on a CPU the fused attention is far slower than this one; a step takes a third.
     model.set_attn_implementation("eager")
-    heads = Heads(pool.textures.shape[-1], pool.colours.shape[-1])
+    heads = Heads(pool.textures.shape[-1], pool.colours.shape[-1]).to(device)
+    model.to(device)  # type: ignore[arg-type]
     trained = dict(nn.ModuleDict({"model": model, "heads": heads}).named_parameters())
     trained = {name: p for name, p in trained.items() if p.requires_grad}
     average = MovingAverage(trained, config.average_decay)
@@ -143,8 +150,9 @@ def train_encoder(
             lr = config.lr * min(1, (step + 1) / config.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done))
-            batch = draw_batch(pool, scales, np.random.default_rng([seed, step]), config)
-            with torch.autocast("cpu", torch.bfloat16):
+            drawn = draw_batch(pool, scales, np.random.default_rng([seed, step]), config)
+            batch = Batch(*[values.to(device) for values in drawn])
+            with torch.autocast(device, torch.bfloat16):
                 parts = encoder_losses(model, heads, batch, config.temperature)
             loss = torch.stack(list(parts.values())).sum()
             optimizer.zero_grad()
@@ -157,9 +165,12 @@ def train_encoder(
             elapsed += time.monotonic() - began
             bar.update()
             bar.set_postfix({k: f"{v.item():.3f}" for k, v in parts.items()}, refresh=False)
-            if elapsed - saved > config.save_every_s:
+            over = limit is not None and limit.left_s <= 0
+            if elapsed - saved > config.save_every_s or over:
                 saved = elapsed
                 _save(out / STATE, step, elapsed, trained, average, optimizer)
+            if over:
+                raise TimeOver
             if held_out is not None and elapsed - probed > config.probe_every_s:
                 probed = elapsed
                 with average.applied():
@@ -313,7 +324,7 @@ def write_encoder(folder: Path, model: CLIPVisionModelWithProjection, pool: Pool
     The mean square of an element of image_embeds over pictures of the pool is 1, so their norm is
     about 11; cosines and what the patch features are do not change.
     """
-    model = _copy(model)
+    model = _copy(model)  # on the CPU
     sample = pool.pictures[:: max(1, len(pool.pictures) // 256), 0]
     embeds, _ = embed(ImageEncoder(model), sample)
     with torch.no_grad():

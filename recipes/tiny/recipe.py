@@ -14,14 +14,13 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stylemaster_core.data.images import clip_pixels
 from stylemaster_core.data.views import View
-from stylemaster_core.models.image_encoder import load_image_encoder
+from stylemaster_core.models.image_encoder import ImageEncoder, load_image_encoder
+from stylemaster_core.models.patch_vae import PatchVAE, create_patch_vae
 from stylemaster_core.models.vae import load_vae
 from stylemaster_core.training.config import (
     ControlConfig,
@@ -53,9 +53,11 @@ from stylemaster_core.training.trainer import Trainer
 from stylemaster_core.weights.files import read_state_dict
 
 from .contents import draw_clip
-from .encoder import train_encoder
-from .encoder_pool import load_or_draw_pool
+from .encoder import create_encoder, train_encoder
+from .encoder_pool import draw_pool, load_or_draw_pool
+from .encoder_probe import probe_encoder
 from .joint import create_joint_trainer
+from .limit import TimeLimit, TimeOver
 from .samples import (
     REFERENCE_PX,
     STILL_SIZES,
@@ -70,7 +72,7 @@ from .samples import (
     write_samples,
 )
 from .styles import draw_style
-from .vae import clip_pool, train_vae
+from .vae import clip_pool, draw_clips, evaluate_vae, fit_pca, train_vae
 
 logger = logging.getLogger("stylemaster")
 
@@ -111,27 +113,27 @@ PROFILES = {
         encoder_pool={"num_styles": 300, "pictures": 2, "contents": 200},
         num_pairs=200,
         projection_steps=60,
-        num_styles=250,
-        num_still=100,
-        joint_steps=80,
-        joint_batch=16,
-        style_steps=30,
-        control_steps=30,
-        motion_steps=30,
-        validation=8,
+        num_styles=150,
+        num_still=60,
+        joint_steps=60,
+        joint_batch=8,
+        style_steps=20,
+        control_steps=20,
+        motion_steps=20,
+        validation=6,
         lr=2e-3,
     ),
     "cpu": Profile(
-        vae_steps=5000,
+        vae_steps=2500,
         vae_batch=2,
         vae_pool={64: 4000, 128: 2000},
-        encoder_steps=4000,
+        encoder_steps=3000,
         encoder_pool={"num_styles": 8000, "pictures": 3, "contents": 3000},
         num_pairs=4000,
-        projection_steps=600,
-        num_styles=8000,
+        projection_steps=300,
+        num_styles=6000,
         num_still=1500,
-        joint_steps=6000,
+        joint_steps=4300,
         joint_batch=32,
         style_steps=300,
         control_steps=300,
@@ -147,7 +149,7 @@ PROFILES = {
         projection_steps=1500,
         num_styles=40_000,
         num_still=4000,
-        joint_steps=20_000,
+        joint_steps=8000,
         joint_batch=256,
         style_steps=1000,
         control_steps=1000,
@@ -156,8 +158,12 @@ PROFILES = {
 }
 
 
-class _Unfinished(Exception):  # noqa: N818
-    """The time of this call is over."""
+class Outcome(NamedTuple):
+    """What a stage did to a number about held-out data."""
+
+    metric: str
+    before: float
+    after: float
 
 
 class Recipe:
@@ -165,10 +171,10 @@ class Recipe:
 
     def __init__(self, out: Path, profile: Profile, *, seed: int, minutes: float | None) -> None:
         self.out, self.profile, self.seed = out, profile, seed
-        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.limit = TimeLimit(minutes)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def stages(self) -> dict[str, Callable[[Path], None]]:
+    def stages(self) -> dict[str, Callable[[Path], Outcome | None]]:
         """Stage by name; each makes the folder that it is given."""
         return {
             "vae": self.vae,
@@ -186,23 +192,24 @@ class Recipe:
         """Do what is not done yet.
 
         Raises:
-            _Unfinished: when the time is over.
+            TimeOver: when the time is over.
         """
         for name, stage in self.stages().items():
             folder = self.out / name
             done = folder / "done.json"
             if not done.exists():
-                if self._left() < 5:
-                    raise _Unfinished
+                self.limit.check()
                 logger.info("stage %s begins", name)
                 began = time.monotonic()
-                stage(folder)
-                done.write_text(json.dumps({"seconds": round(time.monotonic() - began)}) + "\n")
-                logger.info("stage %s is done after %.0f s", name, time.monotonic() - began)
+                outcome = stage(folder)
+                seconds = round(time.monotonic() - began)
+                report = {"seconds": seconds, **(outcome._asdict() if outcome else {})}
+                done.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                logger.info("stage %s is done after %d s: %s", name, seconds, outcome or "")
             if name == until:
                 return
 
-    def vae(self, folder: Path) -> None:
+    def vae(self, folder: Path) -> Outcome:
         pool = clip_pool(self.out, self.profile.vae_pool, self.seed)
         train_vae(
             folder,
@@ -211,13 +218,37 @@ class Recipe:
             seed=self.seed,
             device=self.device,
             pool=pool,
+            limit=self.limit,
         )
+        trained = read_state_dict(folder / "vae.safetensors").tensors
+        linear = PatchVAE()
+        linear.set_linear(*fit_pca(pool, self.seed))
+        clips = draw_clips(self.profile.validation, 128, seed=9, held_out=True)
+        before, after = [
+            evaluate_vae(vae, clips=clips)["psnr_pooled"]
+            for vae in (linear, create_patch_vae(trained, str(folder)))
+        ]
+        return Outcome("held-out PSNR in dB, PCA and trained", before, after)
 
-    def encoder(self, folder: Path, seed: int) -> None:
+    def encoder(self, folder: Path, seed: int) -> Outcome:
         pool = load_or_draw_pool(
             self.out / f"{folder.name}_pool", seed, **self.profile.encoder_pool
         )
-        train_encoder(folder, seed=seed, steps=self.profile.encoder_steps, pool=pool)
+        train_encoder(
+            folder,
+            seed=seed,
+            steps=self.profile.encoder_steps,
+            pool=pool,
+            device=self.device,
+            limit=self.limit,
+        )
+        held_out = draw_pool(seed, held_out=True, num_styles=96, pictures=2, contents=100)
+        untrained = ImageEncoder(create_encoder(pool, seed))
+        before, after = [
+            probe_encoder(encoder, pool, held_out).texture
+            for encoder in (untrained, load_image_encoder(folder))
+        ]
+        return Outcome("texture probe, untrained and trained", before, after)
 
     def samples(self, folder: Path) -> None:
         """Shards of samples, and held-out ones."""
@@ -237,7 +268,7 @@ class Recipe:
             for path in pool.map(_draw_shard, jobs):
                 logger.info("drew %s", path.name)
 
-    def global_projection(self, folder: Path) -> None:
+    def global_projection(self, folder: Path) -> Outcome:
         """The paper's first stage, on pictures and rearrangements of their own pixels."""
         projection = ProjectionConfig(hidden_width=256, num_negatives=16)
         config = self._config(
@@ -246,9 +277,9 @@ class Recipe:
         data = self._pairs(self.profile.num_pairs, held_out=False)
         features = {key: tuple(value.shape) for key, value in data[0].items()}
         trainer = create_projection_trainer(config, features)
-        self._train(trainer, data, self._pairs(256, held_out=True), folder)
+        return self._train(trainer, data, self._pairs(128, held_out=True), folder)
 
-    def joint(self, folder: Path) -> None:
+    def joint(self, folder: Path) -> Outcome:
         """Base, style branch and control together, from nothing."""
         data, held_out = self._samples("train"), self._samples("held_out")
         config = self._config(
@@ -262,9 +293,9 @@ class Recipe:
         trainer = create_joint_trainer(
             config, _features(data), contrastive=self._contrastive(), null_text=null_text()
         )
-        self._train(trainer, data, held_out, folder)
+        return self._train(trainer, data, held_out, folder)
 
-    def style(self, folder: Path) -> None:
+    def style(self, folder: Path) -> Outcome:
         """The paper's style modulation: only the style branch learns."""
         data, held_out = self._samples("train"), self._samples("held_out")
         config = self._config("style", self.profile.style_steps, self.profile.joint_batch)
@@ -276,9 +307,9 @@ class Recipe:
             contrastive=self._contrastive(),
             null_text=null_text(),
         )
-        self._train(trainer, data, held_out, folder)
+        return self._train(trainer, data, held_out, folder)
 
-    def control(self, folder: Path) -> None:
+    def control(self, folder: Path) -> Outcome:
         """The paper's gray-tile control: only the control network learns."""
         data, held_out = self._samples("train"), self._samples("held_out")
         config = self._config(
@@ -296,9 +327,9 @@ class Recipe:
             contrastive=self._contrastive(),
             null_text=null_text(),
         )
-        self._train(trainer, data, held_out, folder)
+        return self._train(trainer, data, held_out, folder)
 
-    def motion(self, folder: Path) -> None:
+    def motion(self, folder: Path) -> Outcome:
         """The paper's motion adapter, on still clips."""
         data, held_out = self._samples("still"), self._samples("still_held_out")
         config = self._config(
@@ -311,7 +342,7 @@ class Recipe:
         trainer = create_motion_trainer(
             config, self._file("joint/transformer"), null_text=null_text()
         )
-        self._train(trainer, data, held_out, folder)
+        return self._train(trainer, data, held_out, folder)
 
     def _config(
         self,
@@ -348,27 +379,14 @@ class Recipe:
 
     def _train(
         self, trainer: Trainer, data: TrainingData, held_out: TrainingData, folder: Path
-    ) -> None:
-        with self._time_limit(folder / "stop"), _fast_attention(self.device):
+    ) -> Outcome:
+        with self.limit.touching(folder / "stop"), _fast_attention(self.device):
             result = train(trainer, data, folder, validation=held_out, resume=True, progress=True)
         if not result.finished:
-            raise _Unfinished
-
-    @contextlib.contextmanager
-    def _time_limit(self, stop: Path) -> Iterator[None]:
-        """Ask the loop to stop when the time of this call is over."""
-        if self.deadline is None:
-            yield
-            return
-        timer = threading.Timer(max(self._left(), 0), stop.touch)
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _left(self) -> float:
-        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+            raise TimeOver
+        lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+        losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+        return Outcome("held-out loss", losses[0], losses[-1])
 
     def _file(self, name: str) -> dict[str, Tensor]:
         return dict(read_state_dict(self.out / f"{name}.safetensors").tensors)
@@ -474,7 +492,7 @@ def main() -> int:
     recipe = Recipe(options.out, profile, seed=options.seed, minutes=options.minutes)
     try:
         recipe.run(options.until)
-    except _Unfinished:
+    except TimeOver:
         logger.info("the time is over; call again to go on")
         return UNFINISHED
     if options.ship:

@@ -36,6 +36,7 @@ from stylemaster_core.training.ema import MovingAverage
 from stylemaster_core.weights.files import read_state_dict
 
 from .contents import draw_clip
+from .limit import TimeLimit, TimeOver
 from .styles import draw_style
 
 logger = logging.getLogger("stylemaster")
@@ -138,6 +139,7 @@ def train_vae(
     lr: float = 1e-3,
     device: str = "cpu",
     pool: ClipPool | None = None,
+    limit: TimeLimit | None = None,
     start: str | Path | None = None,
 ) -> Path:
     """Train a `PatchVAE` and write it as float16; an interrupted run goes on from its checkpoint.
@@ -151,6 +153,7 @@ def train_vae(
         lr: highest learning rate.
         device: where to train.
         pool: of clips; without it one is kept beside `out`.
+        limit: of this call.
         start: a file of weights whose decoder is trained further; its encoder, and so the latents,
             stay as they are.
 
@@ -159,6 +162,7 @@ def train_vae(
 
     Raises:
         ConfigError: unless exactly one of `minutes` and `steps` is given.
+        TimeOver: when the limit is reached; a checkpoint is written before.
     """
     if (minutes is None) == (steps is None):
         raise ConfigError(f"minutes {minutes} and steps {steps}; give one of them")
@@ -209,8 +213,11 @@ def train_vae(
             with average.applied():
                 value = evaluate_vae(vae, clips=_held_out(16, 64))["psnr_pooled"]
             logger.info("step %d, %.0f s, %.2f dB at 64 px", step, spent, value)
-        if step % CHECKPOINT_STEPS == 0:
+        over = limit is not None and limit.left_s <= 0
+        if step % CHECKPOINT_STEPS == 0 or over:
             _save(folder, step, spent, vae, optimizer, average)
+        if over:
+            raise TimeOver
     bar.close()
     _save(folder, step, spent, vae, optimizer, average)
     with average.applied():
