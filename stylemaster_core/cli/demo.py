@@ -1,91 +1,128 @@
-"""`stylemaster demo`: the whole pipeline on a clip and style pictures drawn by code."""
+"""`stylemaster demo`: restyle a clip to three style pictures, all drawn by code, and measure it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .model_options import parse_size
 
-FPS = 16
+if TYPE_CHECKING:
+    import numpy as np
+
+PROMPT = "a sailing boat in a bay at sunset"
+SHOWN = 5  # frames of each clip in the contact sheet
+ENDING = """
+Your own video:  stylemaster stylize out.mp4 --model tiny --video in.mp4 --style picture.png
+                 (small: a short side of 128 pixels; a style picture of about 128 x 128 is best)
+In ComfyUI:      make comfy
+Real quality:    stylemaster weights download --for video-to-video      (about 20 GB)
+                 then the same commands without --model tiny
+"""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `demo` to the command line."""
-    parser = subparsers.add_parser("demo", help="try the whole pipeline", description=__doc__)
+    parser = subparsers.add_parser("demo", help="try it, without downloads", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
-    parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--size", type=parse_size, default=(96, 144), metavar="WxH")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--frames", type=int, help="of the clip; default 33")
+    parser.add_argument("--steps", type=int, help="default as --model tiny")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace results of an earlier run"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `stylemaster demo`: three stylized videos, a contact sheet and the time taken."""
+    """Run `stylemaster demo`: three videos, a contact sheet, a table and the time taken."""
     from tqdm import tqdm
 
-    from ..data.demo_scene import demo_clip, demo_styles
+    from ..data.demo_scene import FPS, TINY_FRAMES, TINY_SIZE, TINY_STYLE_PX, demo_clip, demo_styles
     from ..data.images import write_image
     from ..data.videos import write_video
-    from ..models.small import write_small_models
+    from ..pipelines import tiny
     from ..pipelines.encode_style import encode_style
     from ..pipelines.models import ModelFiles, Models
     from ..pipelines.pictures import contact_sheet
     from ..pipelines.stylize import StylizeConfig, stylize
 
+    files = vars(tiny.tiny_files()) | {"motion_adapter": None}
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ConfigError(f"{args.out} is not empty; choose another --out, or pass --overwrite")
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    _say(
-        "These are small RANDOM weights: every step of the method runs, but the result is noise, "
-        "not a style. For real results see `stylemaster weights download`."
-    )
-    clip, styles = demo_clip(args.frames, *args.size), demo_styles()
+    clip = demo_clip(args.frames or TINY_FRAMES, *TINY_SIZE)
+    styles = demo_styles(TINY_STYLE_PX)
     write_video(args.out / "input.mp4", clip, fps=FPS, overwrite=args.overwrite)
-    shown = slice(0, None, 4)
-    rows = [("input", list(clip[shown]))]
-    with tempfile.TemporaryDirectory() as scratch:
-        small = write_small_models(scratch)
-        files = ModelFiles(
-            transformer=small.stylemaster,
-            controlnet=small.controlnet,
-            vae=small.vae,
-            text_encoder=small.text_encoder,
-            image_encoder=small.image_encoder,
-            motion_adapter=small.motion_adapter,
-        )
-        models = Models(files, keep_loaded=True)
-        prompt = "a sailing boat in a bay at sunset"
-        config = StylizeConfig("video-to-video", prompt=prompt, num_steps=args.steps)
-        for name, picture in styles.items():
-            write_image(args.out / f"style_{name}.png", picture, overwrite=args.overwrite)
-            style = encode_style(models, picture, prompt, name=name).style
-            with tqdm(total=args.steps, desc=name, unit="step") as bar:
-                result = stylize(
-                    models, style, config, frames=clip, callback=lambda _, bar=bar: bar.update()
-                )
-            output = args.out / f"{name}.mp4"
-            write_video(output, result.frames, fps=FPS, overwrite=args.overwrite)
-            rows.append((name, [picture, *result.frames[shown]]))
-    rows[0] = ("input", [rows[0][1][0], *rows[0][1]])
-    write_image(args.out / "contact_sheet.png", contact_sheet(rows), overwrite=args.overwrite)
+    models = Models(ModelFiles(**files), device="cpu", keep_loaded=True)
+    settings = tiny.tiny_settings(clip)
+    if args.steps is not None:
+        settings["num_steps"] = args.steps
+    config = StylizeConfig("video-to-video", prompt=PROMPT, **settings)
+    results = {}
+    for name, picture in styles.items():
+        write_image(args.out / f"style_{name}.png", picture, overwrite=args.overwrite)
+        style = encode_style(models, picture, PROMPT, name=name).style
+        with tqdm(total=config.num_steps, desc=name, unit="step") as bar:
+            result = stylize(
+                models, style, config, frames=clip, callback=lambda _, bar=bar: bar.update()
+            )
+        output = args.out / f"{name}.mp4"
+        write_video(output, result.frames, fps=FPS, overwrite=args.overwrite)
+        results[name] = result.frames
+    rows = [("content", [_beside(None, clip), *_some(clip)])]
+    rows += [(name, [_beside(styles[name], clip), *_some(results[name])]) for name in styles]
+    sheet = contact_sheet(rows, TINY_SIZE[1] + 4)  # frames pixel by pixel
+    write_image(args.out / "contact_sheet.png", sheet, overwrite=args.overwrite)
     seconds = time.perf_counter() - started
-    _say(f"{len(styles)} videos and contact_sheet.png in {args.out}/, {seconds:.0f} s")
-    _say(
-        "Your own video: "
-        "stylemaster stylize out.mp4 --video in.mp4 --style picture.png --prompt '...'\n"
-        "Real weights:   stylemaster weights download --for video-to-video"
-    )
+    _say("\n" + "\n".join(_table(clip, styles, results)))
+    _say(f"\n{len(styles)} videos and contact_sheet.png in {args.out}/, {seconds:.0f} s")
+    _say(ENDING.rstrip())
     return 0
+
+
+def _some(frames: np.ndarray) -> list[np.ndarray]:
+    count = min(SHOWN, len(frames))
+    return [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def _beside(picture: np.ndarray | None, clip: np.ndarray) -> np.ndarray:
+    """A style picture in the middle of a white frame; none is left white."""
+    import numpy as np
+
+    canvas = np.full_like(clip[0], 255)
+    if picture is not None:
+        height, width = picture.shape[:2]
+        top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
+        canvas[top : top + height, left : left + width] = picture
+    return canvas
+
+
+def _table(
+    clip: np.ndarray, styles: dict[str, np.ndarray], results: dict[str, np.ndarray]
+) -> Sequence[str]:
+    """Measures of each result, beside those of the clip as it was."""
+    from ..metrics.colour import colour_distance
+    from ..metrics.content import luma_correlation
+    from ..metrics.motion import frame_difference_ratio
+    from ..metrics.texture import gabor_distance
+
+    lines = [
+        "             distance to the style picture             of the content, in the result",
+        "style        colours            texture (Gabor)        luma correlation   motion",
+    ]
+    for name, frames in results.items():
+        picture = styles[name][None]
+        colours = [colour_distance(x, picture) for x in (clip, frames)]
+        textures = [gabor_distance(x, picture) for x in (clip, frames)]
+        numbers = [f"{before:.3f} -> {after:.3f}" for before, after in (colours, textures)]
+        kept, motion = luma_correlation(frames, clip), frame_difference_ratio(frames, clip)
+        lines.append(f"{name:12} {numbers[0]:18} {numbers[1]:22} {kept:<18.2f} {motion:.2f} x")
+    return [*lines, "Left: before -> after, less is nearer to the style. Motion: change per frame."]
 
 
 def _say(text: str) -> None:

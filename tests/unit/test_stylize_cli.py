@@ -325,18 +325,3 @@ def test_info(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["device"] in ("cpu", "cuda", "mps") and facts["packages"]["torch"]
     assert math.isfinite(len(facts["attention"])) and facts["attention"]
-
-
-def test_demo(tmp_path, capsys):
-    out = tmp_path / "demo"
-    assert run("demo", "--out", out, "--frames", "5", "--size", "48x32", "--steps", "1") == 0
-    assert "RANDOM" in capsys.readouterr().out
-    names = sorted(path.name for path in out.iterdir())
-    assert [n for n in names if n.endswith(".mp4")] == [
-        "input.mp4",
-        "mosaic.mp4",
-        "neon.mp4",
-        "woodcut.mp4",
-    ]
-    assert read_video(out / "neon.mp4").frames.shape == (5, 32, 48, 3)
-    assert run("demo", "--out", out) == 2

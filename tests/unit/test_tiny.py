@@ -11,7 +11,7 @@ import torch
 from stylemaster_core import WeightsError
 from stylemaster_core.cli import main
 from stylemaster_core.data.demo_scene import demo_clip, demo_styles
-from stylemaster_core.data.images import write_image
+from stylemaster_core.data.images import read_image, write_image
 from stylemaster_core.data.videos import read_video, write_video
 from stylemaster_core.models.style_tokens import load_style
 from stylemaster_core.pipelines import tiny
@@ -71,7 +71,9 @@ def test_it_is_found_by_name_and_equals_the_pipeline(folder, by_name, inputs, tm
     frames = stylize(models, style, config, frames=clip).frames
     written = tmp_path / "again.mp4"
     write_video(written, frames, fps=16)
-    assert (read_video(out).frames == read_video(written).frames).all()
+    # Sums depend on where in memory the numbers lie, and the video's codec on each of them.
+    difference = read_video(out).frames.astype(int) - read_video(written).frames
+    assert abs(difference).mean() < 0.5
 
 
 def test_options_take_the_place_of_its_files_and_settings(by_name, inputs, tmp_path, capsys):
@@ -94,3 +96,26 @@ def test_sizes_suit_it():
     assert tiny_settings(demo_clip(1, 540, 960))["size"] == (128, 224)
     assert tiny_settings(demo_clip(1, 960, 540))["size"] == (224, 128)
     assert "num_frames" not in tiny_settings(still=True)
+
+
+def test_demo(by_name, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert run("demo", "--out", out, "--frames", "5", "--steps", "1") == 0
+    said = capsys.readouterr().out
+    for words in ("luma correlation", "--model tiny", "weights download", "make comfy"):
+        assert words in said
+    assert all(f"\n{name}" in said for name in demo_styles(128))
+    names = sorted(path.name for path in out.iterdir() if path.suffix == ".mp4")
+    assert names == ["input.mp4", "mosaic.mp4", "neon.mp4", "woodcut.mp4"]
+    assert read_video(out / "neon.mp4").frames.shape == (5, 128, 192, 3)
+    sheet = read_image(out / "contact_sheet.png")
+    assert sheet.shape[1] == 6 * 196  # a picture and five frames
+    assert run("demo", "--out", out) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_demo_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiny, "tiny_files", lambda: tiny_files(tmp_path))
+    assert run("demo", "--out", tmp_path / "demo") == 2
+    assert "make tiny" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
