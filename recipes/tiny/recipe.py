@@ -109,7 +109,7 @@ PROFILES = {
         vae_steps=150,
         vae_batch=1,
         vae_pool={64: 300, 128: 100},
-        encoder_steps=60,
+        encoder_steps=250,
         encoder_pool={"num_styles": 300, "pictures": 2, "contents": 200},
         num_pairs=200,
         projection_steps=60,
@@ -137,7 +137,7 @@ PROFILES = {
         joint_batch=32,
         style_steps=300,
         control_steps=300,
-        motion_steps=300,
+        motion_steps=500,
     ),
     "gpu": Profile(
         vae_steps=20_000,
@@ -225,10 +225,10 @@ class Recipe:
         linear.set_linear(*fit_pca(pool, self.seed))
         clips = draw_clips(self.profile.validation, 128, seed=9, held_out=True)
         before, after = [
-            evaluate_vae(vae, clips=clips)["psnr_pooled"]
+            evaluate_vae(vae, clips=clips)["mae"]
             for vae in (linear, create_patch_vae(trained, str(folder)))
         ]
-        return Outcome("held-out PSNR in dB, PCA and trained", before, after)
+        return Outcome("held-out absolute error, of a PCA and trained", before, after)
 
     def encoder(self, folder: Path, seed: int) -> Outcome:
         pool = load_or_draw_pool(
@@ -337,7 +337,7 @@ class Recipe:
             self.profile.motion_steps,
             self.profile.joint_batch,
             lr=1e-3,
-            motion=MotionConfig(rank=8),
+            motion=MotionConfig(rank=16),
         )
         trainer = create_motion_trainer(
             config, self._file("joint/transformer"), null_text=null_text()
@@ -416,7 +416,7 @@ class Recipe:
             samples += [{"first_embeds": a, "second_embeds": b} for a, b in embeds]
         return MemoryDataset(samples)
 
-    def ship(self, folder: Path = SHIPPED) -> None:
+    def ship(self, folder: Path) -> None:
         """Write the weights as float16 where the pack looks for them."""
         from stylemaster_core.weights.files import write_state_dict
 
@@ -479,7 +479,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="end this call after so many minutes")
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    parser.add_argument("--ship", action="store_true", help="put the weights into the package")
+    parser.add_argument(
+        "--ship",
+        type=Path,
+        nargs="?",
+        const=SHIPPED,
+        metavar="FOLDER",
+        help="write the weights as float16 to a folder; without its name, into the package",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=NUMBER", help="change the profile"
     )
@@ -496,5 +503,5 @@ def main() -> int:
         logger.info("the time is over; call again to go on")
         return UNFINISHED
     if options.ship:
-        recipe.ship()
+        recipe.ship(options.ship)
     return 0

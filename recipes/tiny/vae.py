@@ -248,19 +248,22 @@ def evaluate_vae(
         size: of their sides in pixels.
 
     Returns:
-        `psnr_mean` of the clips' own, and `psnr_pooled` of the mean squared error of all.
+        `psnr_mean` of the clips' own, `psnr_pooled` of the mean squared error of all, and the mean
+        absolute error `mae` of values in -1..1.
     """
     clips = _held_out(num_clips, size) if clips is None else clips
-    errors = []
+    errors, absolute = [], []
     for clip in clips:
         video = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         decoded = vae.decode(vae.encode(video)).cpu()
         decoded = ((decoded + 1) * 127.5).round() / 127.5 - 1
         errors.append((decoded - video).square().mean().item())
+        absolute.append((decoded - video).abs().mean().item())
     values = np.array(errors)
     return {
         "psnr_mean": float(np.mean([_db(error) for error in values])),
         "psnr_pooled": _db(float(values.mean())),
+        "mae": float(np.mean(absolute)),
         "num_clips": len(values),
         "size_px": clips.shape[2],
     }
