@@ -1,4 +1,4 @@
-"""The recipe of the small model: every stage at the smoke profile, from nothing to files that load."""
+"""The recipe of the small model: every stage at the smoke profile, and files that load."""
 
 from __future__ import annotations
 
