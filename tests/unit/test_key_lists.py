@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
-from stylemaster_core.models.decoupled_attention import StyleAttention
+from stylemaster_core.models.decoupled_attention import BlockStyle, StyleAttention, scaled_norm
 from stylemaster_core.models.gray_tile_controlnet import (
     DiffusersHost,
     GrayTileControlNet,
     copy_from_transformer,
 )
 from stylemaster_core.models.query_transformer import QueryTransformer
-from stylemaster_core.models.sdxl_unet import check_unet, cross_attentions
+from stylemaster_core.models.sdxl_unet import StyledUNet, check_unet, cross_attentions
 from stylemaster_core.models.style_projector import GlobalProjection, StyleProjector
 from stylemaster_core.models.stylecrafter import create_stylecrafter_encoder
 from stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
@@ -118,12 +119,40 @@ def test_stylecrafter_sdxl(stylecrafter):
     assert layers == numbers["kv_attn_layers"] == 340_953_600
 
 
-def test_layers_of_stylecrafter_are_those_of_sdxl(stylecrafter):
+@pytest.fixture(scope="module")
+def sdxl_unet():
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SDXL)
+        return UNet2DConditionModel(**SDXL)
+
+
+def test_layers_of_stylecrafter_are_those_of_sdxl(stylecrafter, sdxl_unet):
+    unet = sdxl_unet
     check_unet(unet, stylecrafter)
     order = json.loads((FOLDER / "stylecrafter_sdxl_ckpt_keys.json").read_text())["layer_order"]
     assert cross_attentions(unet) == [name for _, name, _, _ in order]
     assert stylecrafter.layer_widths == [width for _, _, _, width in order]
     indices = [int(sdxl_layer_key(i, "x").split(".")[1]) for i in range(70)]
     assert indices == [index for index, _, _, _ in order]
+
+
+@pytest.mark.slow
+def test_cost_of_the_style_on_sdxl(stylecrafter, sdxl_unet):
+    """Of a guided step of three branches at 1024 x 1024, counted."""
+    with torch.device("meta"), torch.no_grad():
+        keys_values = stylecrafter.keys_values(torch.empty(1, 16, 2048))
+        styles = [
+            BlockStyle((k.keys,), (k.values,), (), None, (scaled_norm(k.norm, 1.0),))
+            for k in keys_values
+        ]
+        text, pooled = torch.empty(3, 77, 2048), torch.empty(3, 1280)
+        added = {"text_embeds": pooled, "time_ids": torch.empty(3, 6)}
+        flop = []
+        for chosen in (None, styles):
+            with StyledUNet(sdxl_unet) as host, FlopCounterMode(display=False) as counter:
+                host.set(chosen, {})
+                sdxl_unet(
+                    torch.empty(3, 4, 128, 128), torch.empty(1), text, added_cond_kwargs=added
+                )
+            flop.append(counter.get_total_flops())
+    assert flop[0] > 1e13 and 1 < flop[1] / flop[0] < 1.001
+    assert sum(k.keys.numel() + k.values.numel() for k in keys_values) < 3e6
