@@ -6,12 +6,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := stylemaster_core nodes tests bench web recipes __init__.py
 
-.PHONY: demo test lint types unit comfy clean
+.PHONY: demo comfy test lint types unit comfy-tests clean
 
-demo: $(VENV)/.installed  ## the whole pipeline, on a clip and style pictures drawn by code
+demo: $(VENV)/.installed  ## the small model restyles a clip to three style pictures, and measures it
 	$(BIN)/stylemaster demo --out demo --overwrite
 
-test: lint types unit comfy
+comfy: $(VENV)/.installed  ## a ComfyUI with the pack, at the template of the small model
+	$(BIN)/python -m recipes.start_comfy
+
+test: lint types unit comfy-tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(CHECKED)
@@ -23,7 +26,7 @@ types: $(VENV)/.installed
 unit: $(VENV)/.installed  ## everything that needs no ComfyUI
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/comfy -q -n 2 --dist loadfile
 
-comfy: $(VENV)/.installed  ## against a real ComfyUI; skipped, saying so, where none is found
+comfy-tests: $(VENV)/.installed  ## against a real ComfyUI; skipped, saying so, where none is found
 	$(BIN)/python -m pytest tests/comfy -q
 
 $(VENV)/.installed: pyproject.toml
