@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..metrics.report import Networks
     from ..metrics.scene import Row, Scene
 
+CLONE = Path(__file__).parents[2]
 SHOWN_FRAMES = 4
 COLUMNS = ("style", "result", "content", "prompt", "true_filter")
 NEEDED_COLUMNS = COLUMNS[:2]
@@ -30,15 +32,20 @@ def add_parser(subparsers: Any) -> None:
         "evaluate", help="measure style, content and motion of results", description=__doc__
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--pairs",
         type=Path,
         nargs="+",
-        required=True,
         metavar="SOURCE",
         help="one .csv or .jsonl table with the columns style, result and, if there, content, "
         "prompt, true_filter (paths relative to the table); or folders, each with files or "
         "folders named so (style.png, result.mp4, content.mp4, prompt.txt, true_filter.mp4)",
+    )
+    source.add_argument(
+        "--gates",
+        action="store_true",
+        help="measure stylemaster-tiny on held-out styles instead; needs a clone of the repository",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -48,6 +55,11 @@ def add_parser(subparsers: Any) -> None:
         "--candidates", type=int, default=32, help="style pictures that retrieval chooses among"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of candidates")
+    group = parser.add_argument_group("with --gates")
+    group.add_argument(
+        "--num", type=int, help="held-out styles; default 64, fewer are a quick look"
+    )
+    group.add_argument("--weights", type=Path, help="folder of the small model; default: shipped")
     group = parser.add_argument_group("networks; without them their metrics are not measured")
     group.add_argument("--image-encoder", type=Path, help="CLIP's, for CLIP-T and retrieval")
     group.add_argument("--clip-text", type=Path, help="the same CLIP's text tower, for CLIP-T")
@@ -67,6 +79,10 @@ def run(args: argparse.Namespace) -> int:
     from ..metrics.report import evaluate
     from ..pipelines.pictures import contact_sheet
 
+    if args.gates:
+        return run_gates(args)
+    if args.num is not None or args.weights is not None:
+        raise ConfigError("--num and --weights are for --gates; leave them out, or pass --gates")
     rows = read_rows(args.pairs)
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}; expected at least 0")
@@ -105,6 +121,32 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(to_markdown(report, pictures).split("## Rows")[0])
     sys.stdout.write(f"wrote {out / 'report.md'}, report.json and {len(rows)} pictures\n")
     return 0
+
+
+def run_gates(args: argparse.Namespace) -> int:
+    """Measure the small model; its data are drawn by the recipe, which is not installed.
+
+    Returns:
+        1 if a gate is not passed.
+
+    Raises:
+        ConfigError: outside of a clone.
+    """
+    if not (CLONE / "recipes" / "tiny" / "run_gates.py").is_file():
+        raise ConfigError(
+            f"--gates draws its styles by recipes/tiny, which {CLONE} does not hold; clone the "
+            'repository, install it by pip install -e ".[cli]", and call it again'
+        )
+    if args.json:
+        raise ConfigError("--gates writes gates.json into --out; leave --json out")
+    command = [sys.executable, "-m", "recipes.tiny.run_gates", "--out", str(args.out.resolve())]
+    if args.num is not None:
+        command += ["--num", str(args.num)]
+    if args.weights is not None:
+        command += ["--weights", str(args.weights.resolve())]
+    if args.overwrite:
+        command.append("--overwrite")
+    return subprocess.run(command, cwd=CLONE, check=False).returncode
 
 
 def read_rows(sources: Sequence[Path]) -> list[Row]:
