@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import urllib.request
 from typing import Any
 
 import av
@@ -16,7 +18,7 @@ from stylemaster_core.pipelines.encode_style import encode_style
 from stylemaster_core.pipelines.models import ModelFiles, Models
 from stylemaster_core.pipelines.stylize import StylizeConfig, stylize
 from stylemaster_core.pipelines.tiny import SETTINGS, tiny_files
-from tests.comfy import server, shipped_workflows
+from tests.comfy import browser, server, shipped_workflows
 from tests.comfy.shipped_workflows import node_titled
 from tests.standin_tiny import pack_with_weights
 
@@ -87,6 +89,27 @@ def test_its_template_runs_to_the_video_of_the_core(comfy, pack):
     assert psnr(frames, ours) >= 40
     other = stylize(models, None, config, frames=clip).frames
     assert psnr(frames, other) < 30
+
+
+@pytest.mark.skipif(
+    browser.find_chromium() is None, reason="no Chromium found: install it or set CHROMIUM_PATH"
+)
+def test_its_template_runs_in_the_browser(comfy):
+    pytest.importorskip("playwright", reason="the browser tests need `pip install playwright`")
+    address = f"/api/workflow_templates/{server.PACK_NAME}/{shipped_workflows.TINY}.json"
+    with urllib.request.urlopen(comfy.url + address, timeout=30) as response:
+        graph = json.load(response)
+    with browser.open_ui(comfy.url) as ui:
+        ui.load(graph)
+        assert ui.missing_nodes() == [] and ui.alerts() == []
+        ui.queue()
+        result = ui.page.locator('video[src*="tiny_video_to_video"]').first
+        result.wait_for(state="attached", timeout=400_000)
+        ui.page.wait_for_function(
+            "() => [...document.querySelectorAll('video')].some(v => v.videoWidth === 192)",
+            timeout=30_000,
+        )
+        assert ui.errors == []
 
 
 def small(**changes: dict[str, Any]) -> dict[str, Any]:
