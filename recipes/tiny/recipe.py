@@ -40,6 +40,7 @@ from stylemaster_core.training.config import (
     ProjectionConfig,
     RunConfig,
     StyleConfig,
+    StyleCrafterConfig,
     TrainConfig,
     TrainerName,
 )
@@ -47,8 +48,12 @@ from stylemaster_core.training.global_projection import create_projection_traine
 from stylemaster_core.training.gray_tile_controlnet import create_control_trainer
 from stylemaster_core.training.loop import train
 from stylemaster_core.training.motion_adapter import create_motion_trainer
-from stylemaster_core.training.samples import MemoryDataset, Sample, TrainingData
+from stylemaster_core.training.samples import MemoryDataset, Sample, Subset, TrainingData
 from stylemaster_core.training.style_modulation import create_style_trainer
+from stylemaster_core.training.stylecrafter import (
+    create_stylecrafter_trainer,
+    create_stylecrafter_video_trainer,
+)
 from stylemaster_core.training.trainer import Trainer
 from stylemaster_core.weights.files import read_state_dict
 
@@ -79,6 +84,7 @@ logger = logging.getLogger("stylemaster")
 SHIPPED = Path(__file__).parents[2] / "stylemaster_core" / "tiny"
 SHARD_STYLES = 250
 UNFINISHED = 3  # exit status
+STYLECRAFTER = StyleCrafterConfig(num_layers=2, scale_width=128, scale_num_layers=2, rank=16)
 PAIR_VIEWS = ("patches", "jigsaw", "rotate180", "flip_horizontal", "flip_vertical")
 
 
@@ -100,6 +106,7 @@ class Profile:
     style_steps: int
     control_steps: int
     motion_steps: int
+    stylecrafter_steps: int
     validation: int = 16  # held-out styles
     lr: float = 1e-3
 
@@ -120,6 +127,7 @@ PROFILES = {
         style_steps=20,
         control_steps=20,
         motion_steps=20,
+        stylecrafter_steps=40,
         validation=6,
         lr=2e-3,
     ),
@@ -138,6 +146,7 @@ PROFILES = {
         style_steps=300,
         control_steps=300,
         motion_steps=500,
+        stylecrafter_steps=500,
     ),
     "gpu": Profile(
         vae_steps=20_000,
@@ -154,6 +163,7 @@ PROFILES = {
         style_steps=1000,
         control_steps=1000,
         motion_steps=500,
+        stylecrafter_steps=3000,
     ),
 }
 
@@ -186,6 +196,8 @@ class Recipe:
             "style": self.style,
             "control": self.control,
             "motion": self.motion,
+            "stylecrafter": self.stylecrafter,
+            "stylecrafter-video": self.stylecrafter_video,
         }
 
     def run(self, until: str | None = None) -> None:
@@ -344,6 +356,39 @@ class Recipe:
         )
         return self._train(trainer, data, held_out, folder)
 
+    def stylecrafter(self, folder: Path) -> Outcome:
+        """StyleCrafter's first stage: its adapter, on pictures."""
+        data, held_out = self._samples("train"), self._samples("held_out")
+        pictures = [i for i, size in enumerate(data.sizes) if size[1] == 1]
+        config = self._config(
+            "stylecrafter",
+            self.profile.stylecrafter_steps,
+            self.profile.joint_batch,
+            lr=1e-3,
+            stylecrafter=STYLECRAFTER,
+        )
+        trainer = create_stylecrafter_trainer(
+            config, self._file("joint/transformer"), _features(data), null_text=null_text()
+        )
+        return self._train(trainer, Subset(data, pictures), held_out, folder)
+
+    def stylecrafter_video(self, folder: Path) -> Outcome:
+        """StyleCrafter's second stage: a LoRA that carries the adapter to clips."""
+        data, held_out = self._samples("train"), self._samples("held_out")
+        config = self._config(
+            "stylecrafter-video",
+            self.profile.stylecrafter_steps // 2,
+            self.profile.joint_batch,
+            stylecrafter=STYLECRAFTER,
+        )
+        trainer = create_stylecrafter_video_trainer(
+            config,
+            self._file("joint/transformer"),
+            self._file("stylecrafter/stylecrafter_adapter"),
+            null_text=null_text(),
+        )
+        return self._train(trainer, data, held_out, folder)
+
     def _config(
         self,
         trainer: TrainerName,
@@ -427,6 +472,8 @@ class Recipe:
             "controlnet": "control/controlnet",
             "motion_adapter": "motion/motion_adapter",
             "vae": "vae/vae",
+            "stylecrafter_adapter": "stylecrafter/stylecrafter_adapter",
+            "stylecrafter_video_lora": "stylecrafter-video/stylecrafter_video_lora",
         }
         for name, source in files.items():
             tensors, metadata = read_state_dict(self.out / f"{source}.safetensors")
@@ -437,6 +484,7 @@ class Recipe:
             for file in ("config.json", "model.safetensors"):
                 shutil.copyfile(self.out / source / file, folder / name / file)
         settings = {"kind": "hashed_words", "width": TEXT_WIDTH, "max_length": TEXT_LENGTH}
+        settings["seed"] = 0
         (folder / "text_encoder.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 

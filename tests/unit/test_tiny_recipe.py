@@ -26,6 +26,8 @@ STAGES = (
     "style",
     "control",
     "motion",
+    "stylecrafter",
+    "stylecrafter-video",
 )
 HIGHER_IS_BETTER = {"encoder", "judge"}
 LIMIT_S = 600
