@@ -16,9 +16,17 @@ from .conditionings import (
     styled_conditioning,
     unstyled_conditioning,
 )
-from .layouts import Latent, region_mask
+from .layouts import Latent, picture_mask, region_mask
 from .number_lists import BlockRange, block_scales
-from .sockets import StyleAdapter, StyleAdapterSocket, StyleSocket, schema
+from .sdxl_patches import patch_layers
+from .sdxl_styles import layer_conditionings
+from .sockets import (
+    StyleAdapter,
+    StyleAdapterSocket,
+    StyleCrafterAdapter,
+    StyleSocket,
+    schema,
+)
 from .wan_patches import patch_style
 
 
@@ -30,12 +38,16 @@ class ApplyStyle(io.ComfyNode):
         return schema(
             node_id="StyleMasterApplyStyle",
             display_name="Apply Style",
-            description="Lets a style act on a Wan 2.1 text-to-video model. For several styles, "
-            "chain two with masks or ranges: model, positive and negative of the first go into the "
-            "second, and only the styled output of the last is used.",
+            description="Lets a style act on a Wan 2.1 text-to-video model, or with StyleCrafter's "
+            "adapter on SDXL. For several styles, chain two with masks or ranges: model, positive "
+            "and negative of the first go into the second, and only the styled output of the last "
+            "is used.",
             search_aliases=["style transfer", "ip adapter", "regional style", "style mask"],
             inputs=[
-                io.Model.Input("model", tooltip="A Wan 2.1 text-to-video model (1.3B)."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A Wan 2.1 text-to-video model (1.3B); SDXL for StyleCrafter.",
+                ),
                 StyleAdapterSocket.Input("adapter", tooltip="From Load StyleMaster Adapter."),
                 StyleSocket.Input("style", tooltip="From TextureSelector or Load Style."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
@@ -70,7 +82,8 @@ class ApplyStyle(io.ComfyNode):
                     options=list(get_args(BlockRange)),
                     default="all",
                     tooltip="Blocks of the model in which the style acts: all, a third of them, or "
-                    "those of block_weights (list).",
+                    "those of block_weights (list). On SDXL the 70 cross-attentions are counted: "
+                    "0-23 on the way down, 24-59 up, 60-69 in the middle.",
                 ),
                 io.String.Input(
                     "block_weights",
@@ -83,7 +96,7 @@ class ApplyStyle(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100000,
-                    tooltip="First frame of the video on which the style acts.",
+                    tooltip="First frame of the video on which the style acts. Not for SDXL.",
                 ),
                 io.Int.Input(
                     "last_frame",
@@ -91,7 +104,7 @@ class ApplyStyle(io.ComfyNode):
                     min=-1,
                     max=100000,
                     tooltip="Last frame on which it acts; -1 for the end. Four frames share a "
-                    "latent frame, so the change is that gradual.",
+                    "latent frame, so the change is that gradual. Not for SDXL.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -103,7 +116,7 @@ class ApplyStyle(io.ComfyNode):
                     "latent",
                     optional=True,
                     tooltip="The latent that will be sampled. Needed for a range of frames; masks "
-                    "for each frame are checked against it.",
+                    "for each frame are checked against it. Not used on SDXL.",
                 ),
             ],
             outputs=[
@@ -122,7 +135,7 @@ class ApplyStyle(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        adapter: StyleAdapter,
+        adapter: StyleAdapter | StyleCrafterAdapter,
         style: Style,
         positive: Conditioning,
         negative: Conditioning,
@@ -141,6 +154,18 @@ class ApplyStyle(io.ComfyNode):
                 f"the strength is {strength}; it must not be negative (0 is the base model). To "
                 "lead away from a style, lower the style cfg instead"
             )
+        if isinstance(adapter, StyleCrafterAdapter):
+            patched = patch_layers(model, adapter)
+            region = StyleRegion(
+                style.tokens,
+                scale=strength,
+                block_scales=block_scales(blocks, block_weights, adapter.num_layers),
+                mask=picture_mask(mask, first_frame, last_frame),
+                start=start,
+                end=end,
+            )
+            conds = layer_conditionings(adapter, region, positive, negative)
+            return io.NodeOutput(patched, *conds)
         patched = patch_style(model, adapter.attention)
         region = StyleRegion(
             style.tokens,

@@ -65,11 +65,20 @@ class StyleCondition:
         Raises:
             UnsupportedHostError: if a style has a mask, which belongs to the whole video.
         """
-        if any(style.region.mask is not None for style in self.styles):
-            raise UnsupportedHostError(
-                "a style with a mask cannot be combined with a conditioning area; use the style's "
-                "mask, or a conditioning mask instead of the area"
-            )
+        refuse_masks([style.region for style in self.styles])
+
+
+def refuse_masks(regions: Sequence[StyleRegion]) -> None:
+    """Check that no style with a mask is cut to a conditioning area.
+
+    Raises:
+        UnsupportedHostError: if one has a mask, which belongs to the whole picture.
+    """
+    if any(region.mask is not None for region in regions):
+        raise UnsupportedHostError(
+            "a style with a mask cannot be combined with a conditioning area; use the style's "
+            "mask, or a conditioning mask instead of the area"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,15 +196,15 @@ def _with_styles(
     def extend(present: COND | None) -> COND:
         carried = () if present is None else present.cond[0][0].styles
         both = (*carried, *styles)
-        _check_overlap(both)
+        check_overlap(both)
         return COND([(StyleCondition(both, styled), 0)])
 
-    return _with_model_cond(conditioning, STYLE_KEY, extend)
+    return with_model_cond(conditioning, STYLE_KEY, extend)
 
 
 def controlled_conditioning(conditioning: Conditioning, control: ControlCondition) -> Conditioning:
     """Let a control act on a conditioning; all branches of the guidance get the same object."""
-    return _with_model_cond(conditioning, CONTROL_KEY, lambda _: COND([(control, 0)]))
+    return with_model_cond(conditioning, CONTROL_KEY, lambda _: COND([(control, 0)]))
 
 
 def create_control(positive: Conditioning, latents: Tensor) -> ControlCondition:
@@ -216,7 +225,7 @@ def create_control(positive: Conditioning, latents: Tensor) -> ControlCondition:
     return ControlCondition(latents, positive[0][0])
 
 
-def _with_model_cond(
+def with_model_cond(
     conditioning: Conditioning, key: str, make: Callable[[COND | None], COND]
 ) -> Conditioning:
     changed = []
@@ -227,7 +236,15 @@ def _with_model_cond(
     return changed
 
 
-def _check_overlap(styles: Sequence[PreparedStyle]) -> None:
+def check_overlap(styles: Sequence[Any]) -> None:
+    """Check that no two styles without masks act at the same time.
+
+    Args:
+        styles: with a `region` each.
+
+    Raises:
+        ConfigError: if two do.
+    """
     ranges = sorted((s.region.start, s.region.end) for s in styles if s.region.mask is None)
     for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False):
         if start < end:

@@ -158,6 +158,26 @@ def region_mask(
     return _to_latent_frames(mask[:length] * when)
 
 
+def picture_mask(mask: Tensor | None, first_frame: int, last_frame: int) -> Tensor | None:
+    """Where a style acts on a picture: [1, H, W], or None for everywhere.
+
+    Raises:
+        ConfigError: for a range of frames.
+        LayoutError: for several masks.
+    """
+    if (first_frame, last_frame) != (0, -1):
+        raise ConfigError(
+            f"first_frame {first_frame} and last_frame {last_frame} are for videos; on a picture "
+            "leave them at 0 and -1"
+        )
+    if mask is None:
+        return None
+    mask = _check_mask(mask)
+    if len(mask) > 1:
+        raise LayoutError(f"{len(mask)} masks came for a picture; give one")
+    return mask
+
+
 def _check_mask(mask: Tensor) -> Tensor:
     mask = mask if mask.ndim == 3 else mask[None]
     if mask.ndim != 3 or 0 in mask.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..stylemaster_core.errors import WeightsError
 from ..stylemaster_core.models.decoupled_attention import create_style_attention
 from ..stylemaster_core.models.motion_adapter import MotionAdapter, load_motion_adapter
 from ..stylemaster_core.models.style_projector import load_style_projector
+from ..stylemaster_core.models.stylecrafter_sdxl import load_stylecrafter_sdxl
 from ..stylemaster_core.weights.files import read_state_dict
 from ..stylemaster_core.weights.state_dict import (
     Kind,
@@ -24,6 +26,7 @@ from ..stylemaster_core.weights.state_dict import (
 from .motion import patch_motion
 from .paths import (
     ADAPTERS,
+    STYLECRAFTER,
     check_named,
     fingerprint,
     model_file,
@@ -31,7 +34,13 @@ from .paths import (
     named_fingerprint,
     names_or_link,
 )
-from .sockets import MotionAdapterSocket, StyleAdapter, StyleAdapterSocket, schema
+from .sockets import (
+    MotionAdapterSocket,
+    StyleAdapter,
+    StyleAdapterSocket,
+    StyleCrafterAdapter,
+    schema,
+)
 
 PACK = Path(__file__).resolve().parents[1]
 
@@ -43,13 +52,20 @@ def read_kind(path: Path, wanted: Kind, what: str) -> tuple[dict[str, Tensor], d
         WeightsError: if it is damaged or of another kind; for the release's checkpoint with the
             command that converts it.
     """
+    return _read_kinds(path, (wanted,), what)[1:]
+
+
+def _read_kinds(
+    path: Path, wanted: Sequence[Kind], what: str
+) -> tuple[Kind, dict[str, Tensor], dict[str, str]]:
+    """Kind, tensors and metadata of a file; as `read_kind`."""
     file = read_state_dict(path)
     tensors = strip_prefix(file.tensors)
     kind = detect_kind(shapes_of(tensors))
-    if kind == wanted:
-        return tensors, file.metadata
+    if kind in wanted:
+        return kind, tensors, file.metadata
     message = f"{path} is no {what}. This file is {describe_kind(kind)}."
-    if kind == "stylemaster" and wanted == "style_adapter":
+    if kind == "stylemaster" and "style_adapter" in wanted:
         message += (
             " The command, for a terminal:\n"
             f'cd "{PACK}" && "{sys.executable}" -m stylemaster_core weights convert "{path}"\n'
@@ -58,13 +74,32 @@ def read_kind(path: Path, wanted: Kind, what: str) -> tuple[dict[str, Tensor], d
     raise WeightsError(message)
 
 
-def load_style_adapter(path: Path) -> StyleAdapter:
-    """Load both parts of a style adapter.
+def load_adapter(path: Path) -> StyleAdapter | StyleCrafterAdapter:
+    """Load a style adapter of either method.
 
     Raises:
         WeightsError: if the file is of another kind, damaged or incomplete.
     """
-    tensors, metadata = read_kind(path, "style_adapter", "StyleMaster style adapter")
+    kinds: tuple[Kind, ...] = ("style_adapter", "stylecrafter_sdxl")
+    kind, tensors, metadata = _read_kinds(path, kinds, "style adapter")
+    if kind == "style_adapter":
+        return _stylemaster(path, tensors, metadata)
+    layers = load_stylecrafter_sdxl(tensors, metadata)
+    return StyleCrafterAdapter(path.name, layers.encoder, layers)
+
+
+def load_style_adapter(path: Path) -> StyleAdapter:
+    """Load StyleMaster's style adapter.
+
+    Raises:
+        WeightsError: if the file is of another kind, damaged or incomplete.
+    """
+    return _stylemaster(path, *read_kind(path, "style_adapter", "StyleMaster style adapter"))
+
+
+def _stylemaster(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> StyleAdapter:
     prefix = "style_model."
     style = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     projector = load_style_projector(
@@ -72,7 +107,7 @@ def load_style_adapter(path: Path) -> StyleAdapter:
         num_heads=int(metadata.get("style_num_heads", 8)),
         global_embeds=metadata.get("global_embeds"),
     )
-    attention = create_style_attention(tensors)
+    attention = create_style_attention(dict(tensors))
     if attention is None:
         raise WeightsError(
             f"{path} holds a style model but no k_img and v_img of the blocks; convert the release "
@@ -89,14 +124,22 @@ class LoadAdapter(io.ComfyNode):
         return schema(
             node_id="StyleMasterAdapterLoader",
             display_name="Load StyleMaster Adapter",
-            description="Loads a style adapter from models/stylemaster.",
-            search_aliases=["style adapter", "ip adapter", "stylemaster checkpoint"],
+            description="Loads a style adapter: StyleMaster's for Wan 2.1, or StyleCrafter's for "
+            "SDXL (its released weights are for research and non-commercial use). The file tells "
+            "which it is.",
+            search_aliases=[
+                "style adapter",
+                "ip adapter",
+                "stylemaster checkpoint",
+                "stylecrafter",
+            ],
             inputs=[
                 io.Combo.Input(
                     "adapter_name",
-                    options=model_names(ADAPTERS),
-                    tooltip="Style adapter in models/stylemaster (.safetensors). The released "
-                    "stylemaster.ckpt must be converted first; choosing it shows the command.",
+                    options=model_names(ADAPTERS, STYLECRAFTER),
+                    tooltip="Style adapter in models/stylemaster or models/stylecrafter "
+                    "(.safetensors). The released stylemaster.ckpt must be converted first; "
+                    "choosing it shows the command.",
                 )
             ],
             outputs=[
@@ -108,11 +151,11 @@ class LoadAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name: str) -> str:
-        return fingerprint(model_file(adapter_name, ADAPTERS))
+        return fingerprint(model_file(adapter_name, ADAPTERS, STYLECRAFTER))
 
     @classmethod
     def execute(cls, adapter_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_style_adapter(model_file(adapter_name, ADAPTERS)))
+        return io.NodeOutput(load_adapter(model_file(adapter_name, ADAPTERS, STYLECRAFTER)))
 
 
 class MotionAdapterLoader(io.ComfyNode):

@@ -13,6 +13,7 @@ from ..stylemaster_core.errors import ConfigError, WeightsError
 from ..stylemaster_core.weights.manifest import how_to_get
 
 ADAPTERS = "stylemaster"
+STYLECRAFTER = "stylecrafter"
 STYLES = "stylemaster_styles"
 STYLES_SUBFOLDER = "styles"
 
@@ -22,12 +23,14 @@ _SEPARATORS = re.compile(r"[/\\]")
 
 
 def register_folders() -> None:
-    """Make models/stylemaster and its `styles` known to ComfyUI.
+    """Make models/stylemaster, its `styles` and models/stylecrafter known to ComfyUI.
 
     A `.ckpt` is listed so that its loader can tell how to convert it.
     """
     root = os.path.join(folder_paths.models_dir, ADAPTERS)
     _register(ADAPTERS, root, {".safetensors", ".ckpt"})
+    stylecrafter = os.path.join(folder_paths.models_dir, STYLECRAFTER)
+    _register(STYLECRAFTER, stylecrafter, {".safetensors", ".ckpt"})
     _register(STYLES, os.path.join(root, STYLES_SUBFOLDER), {".safetensors"})
 
 

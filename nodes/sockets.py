@@ -13,8 +13,10 @@ from torch import Tensor
 from ..stylemaster_core.data.images import CropMode
 from ..stylemaster_core.models.decoupled_attention import StyleAttention
 from ..stylemaster_core.models.style_projector import StyleProjector
+from ..stylemaster_core.models.stylecrafter import StyleCrafterEncoder
+from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
 
-StyleAdapterSocket: Any = io.Custom("STYLE_ADAPTER")  # StyleAdapter
+StyleAdapterSocket: Any = io.Custom("STYLE_ADAPTER")  # StyleAdapter or StyleCrafterAdapter
 StyleFeaturesSocket: Any = io.Custom("STYLE_FEATURES")  # StyleFeatures
 StyleSocket: Any = io.Custom("STYLE")  # the core's Style
 ControlNetSocket: Any = io.Custom("GRAY_TILE_CONTROLNET")  # from `load_native_controlnet`
@@ -23,7 +25,7 @@ MotionAdapterSocket: Any = io.Custom("MOTION_ADAPTER")  # the core's MotionAdapt
 
 @dataclass(frozen=True, eq=False)
 class StyleAdapter:
-    """A loaded style adapter."""
+    """StyleMaster's style adapter."""
 
     name: str
     projector: StyleProjector
@@ -31,10 +33,31 @@ class StyleAdapter:
 
 
 @dataclass(frozen=True, eq=False)
+class StyleCrafterAdapter:
+    """StyleCrafter's style adapter; what it is for is told by the kind of its layers.
+
+    Its weights are mapped from the file, so that the projections need no memory between uses.
+    """
+
+    name: str
+    encoder: StyleCrafterEncoder
+    layers: StyleCrafterSdxl
+
+    @property
+    def num_layers(self) -> int:
+        return self.encoder.num_scales
+
+    @property
+    def text_width(self) -> int:
+        return self.encoder.scale_predictor.text_proj.in_features
+
+
+@dataclass(frozen=True, eq=False)
 class StyleFeatures:
     """What CLIP sees in B style pictures, on the CPU."""
 
     patches: Tensor  # [B, N, C] last hidden state, CLS first
+    penultimate: Tensor  # [B, N, C] the hidden state before that
     image_embeds: Tensor  # [B, D] of the pictures
     shuffled_embeds: Tensor  # [B, D] of the content-shuffled pictures
     joint_patches: Tensor | None  # [B, N, D] in the joint space; None if the model has none

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..stylemaster_core.data.images import CropMode
+from ..stylemaster_core.errors import ConfigError
 from ..stylemaster_core.models.style_tokens import (
     BlendMode,
     Style,
@@ -22,12 +23,13 @@ from .paths import STYLES, fingerprint, model_file, model_names, new_style_file
 from .sockets import (
     StyleAdapter,
     StyleAdapterSocket,
+    StyleCrafterAdapter,
     StyleFeatures,
     StyleFeaturesSocket,
     StyleSocket,
     schema,
 )
-from .style_encoding import encode_pictures, select_textures
+from .style_encoding import encode_pictures, encode_stylecrafter, select_textures
 
 NUM_BLENDED = 4
 
@@ -46,7 +48,7 @@ class StyleEncoder(io.ComfyNode):
             inputs=[
                 io.ClipVision.Input(
                     "clip_vision",
-                    tooltip="CLIP ViT-H/14 for the released adapter (clip_vision_h.safetensors).",
+                    tooltip="CLIP ViT-H/14 for the released adapters (clip_vision_h.safetensors).",
                 ),
                 io.Image.Input("image", tooltip="Style picture, or a batch of several."),
                 io.Int.Input(
@@ -88,7 +90,8 @@ class TextureSelector(io.ComfyNode):
             display_name="TextureSelector",
             description="Keeps the patches of the style picture that carry texture, and makes "
             "style tokens of them. The picture shows: what CLIP saw, similarity to the prompt, "
-            "kept patches lit, shuffled picture.",
+            "kept patches lit, shuffled picture. A StyleCrafter adapter reads all patches: then "
+            "only several counts, and the picture is what CLIP saw.",
             search_aliases=["style tokens", "patch selection", "texture"],
             inputs=[
                 StyleAdapterSocket.Input("adapter", tooltip="From Load StyleMaster Adapter."),
@@ -135,7 +138,8 @@ class TextureSelector(io.ComfyNode):
                     options=list(get_args(BlendMode)),
                     default="mean",
                     tooltip="Several style pictures: mean mixes them evenly, concatenate lets the "
-                    "video choose among the tokens of all. One picture: not used.",
+                    "video choose among the tokens of all (StyleCrafter: reads them together, as "
+                    "in its paper). One picture: not used.",
                 ),
                 io.Conditioning.Input(
                     "clip_prompt",
@@ -156,7 +160,7 @@ class TextureSelector(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        adapter: StyleAdapter,
+        adapter: StyleAdapter | StyleCrafterAdapter,
         features: StyleFeatures,
         prompt: Conditioning,
         mode: SelectionMode,
@@ -166,6 +170,9 @@ class TextureSelector(io.ComfyNode):
         several: BlendMode,
         clip_prompt: Conditioning | None = None,
     ) -> io.NodeOutput:
+        if isinstance(adapter, StyleCrafterAdapter):
+            _refuse_selection(mode, keep, clip_prompt)
+            return io.NodeOutput(*encode_stylecrafter(adapter, features, several))
         style, picture = select_textures(
             adapter,
             features,
@@ -178,6 +185,15 @@ class TextureSelector(io.ComfyNode):
             clip_prompt=clip_prompt,
         )
         return io.NodeOutput(style, picture)
+
+
+def _refuse_selection(mode: SelectionMode, keep: int, clip_prompt: Conditioning | None) -> None:
+    if mode not in ("release", "all") or keep or clip_prompt is not None:
+        given = f"mode {mode}, keep {keep}" + (", a clip_prompt" if clip_prompt else "")
+        raise ConfigError(
+            f"a StyleCrafter adapter reads all patches of a picture and chooses none, but got "
+            f"{given}; use mode all, keep 0 and no clip_prompt"
+        )
 
 
 class BlendStyles(io.ComfyNode):

@@ -19,10 +19,10 @@ from ..stylemaster_core.models.texture_selector import (
     prompt_similarity,
     relevance_map,
 )
-from ..stylemaster_core.pipelines.pictures import selection_picture
+from ..stylemaster_core.pipelines.pictures import clip_view_picture, selection_picture
 from .conditionings import Conditioning
 from .layouts import clip_view_to_image, image_to_frames, pictures_to_image
-from .sockets import StyleAdapter, StyleFeatures
+from .sockets import StyleAdapter, StyleCrafterAdapter, StyleFeatures
 
 
 def encode_pictures(
@@ -44,11 +44,14 @@ def encode_pictures(
             "this CLIP_VISION gives no projected image embedding; load CLIP ViT-H/14 "
             "(clip_vision_h.safetensors)"
         )
-    patches = seen["last_hidden_state"][: len(pictures)].float().cpu()
+    patches, penultimate = (
+        seen[name][: len(pictures)].float().cpu()
+        for name in ("last_hidden_state", "penultimate_hidden_states")
+    )
     embeds, shuffled_embeds = seen["image_embeds"].float().cpu().chunk(2)
     joint = _joint_patches(clip_vision.model, patches)
     return StyleFeatures(
-        patches, embeds, shuffled_embeds, joint, pictures, shuffled, crop, shuffle_seed
+        patches, penultimate, embeds, shuffled_embeds, joint, pictures, shuffled, crop, shuffle_seed
     )
 
 
@@ -74,6 +77,37 @@ def joint_similarity(features: StyleFeatures, clip_prompt: Conditioning) -> Tens
             "with the text half of the same CLIP (ViT-H/14), not with UMT5"
         )
     return prompt_similarity(joint, pooled.float().cpu()[:1, None])
+
+
+@torch.no_grad()
+def encode_stylecrafter(
+    adapter: StyleCrafterAdapter, features: StyleFeatures, several: BlendMode
+) -> tuple[Style, Tensor]:
+    """Style tokens of the pictures, and an IMAGE of what CLIP saw; all patches count.
+
+    Args:
+        adapter: its encoder is widened to float32 for this one use.
+        features: several pictures are references of one style.
+        several: `concatenate` lets the adapter read them together, as in the paper; `mean` mixes
+            the tokens of each.
+
+    Raises:
+        LayoutError: for features of another vision model.
+    """
+    encoder = copy.deepcopy(adapter.encoder).float()
+    seen = features.penultimate.split(1)
+    groups = [list(seen)] if several == "concatenate" else [[view] for view in seen]
+    hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in features.pictures]
+    provenance: dict[str, object] = {
+        "method": "stylecrafter-sdxl",
+        "images_sha256": hashes,
+        "crop": features.crop,
+        "adapter": adapter.name,
+    }
+    styles = [Style(encoder(group), provenance) for group in groups]
+    style = styles[0] if len(styles) == 1 else blend_styles(styles)
+    views = [clip_view_picture(picture, features.crop) for picture in features.pictures]
+    return style, pictures_to_image(views)
 
 
 def select_textures(

@@ -68,7 +68,7 @@ def raw_blocks(model: Any) -> list[nn.Module]:
     return [raw(block) for block in raw(model.diffusion_model).blocks]
 
 
-def _compute_dtype(model: Any) -> torch.dtype:
+def compute_dtype(model: Any) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
@@ -149,7 +149,7 @@ def _apply_with_style(
         patch = raw(model.diffusion_model).patch_size
         size = tuple(-(-n // p) for n, p in zip(x.shape[2:], patch, strict=True))
         grid = TokenGrid(size, options.get("context_window"))
-        like = x.new_empty(0, dtype=_compute_dtype(model))
+        like = x.new_empty(0, dtype=compute_dtype(model))
         styles = block_styles(rows, grid, model.model_sampling, float(t.max()), like)
         hooks = [
             (raw(block.cross_attn), _styled_cross_attention, {"stylemaster_style": style})
@@ -266,7 +266,7 @@ def _control_hooks(
         for parts in zip(*(rows[i][0].sample(rows[i][1]) for i in first), strict=True)
     )
     latents = _cut(latents, x, window)
-    dtype = _compute_dtype(model)
+    dtype = compute_dtype(model)
     states = net(
         model.process_latent_in(latents).to(dtype),
         model.model_sampling.timestep(t[first]).float(),
@@ -317,7 +317,7 @@ def _reserve_memory(
     batch, channels, t, h, w = noise_shape
     width = net.zero_convs[0].weight.shape[0]
     numbers = len(net.zero_convs) * t * math.ceil(h / 2) * math.ceil(w / 2) * width
-    needed = numbers * _compute_dtype(model.model).itemsize
+    needed = numbers * compute_dtype(model.model).itemsize
     per_item = model.memory_required([1, channels, t, h, w])
     more = math.ceil(needed / per_item)
     return executor(model, [batch + more, channels, t, h, w], *args, **kwargs)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutError, WeightsError
@@ -80,7 +81,7 @@ class StyleCrafterSdxl(nn.Module):
 
     @torch.no_grad()
     def keys_values(self, tokens: Tensor) -> list[LayerKV]:
-        """Keys and values of a style in each layer, on the adapter's device, in its dtype.
+        """Keys and values of a style in each layer, on the adapter's device, float32.
 
         Args:
             tokens: [B, S, Ds] of `encoder`.
@@ -97,10 +98,12 @@ class StyleCrafterSdxl(nn.Module):
                 f"style tokens must be [B, S, {width}] for this adapter, got "
                 f"{list(tokens.shape)}; encode the style with the adapter that it is used with"
             )
+        # Layer by layer, so that a half-precision file need not be widened as a whole.
+        tokens = tokens.to(self.encoder.image_context_model.projection.device).float()
         return [
             LayerKV(
-                layer.to_k_style(tokens.to(layer.to_k_style.weight)),
-                layer.to_v_style(tokens.to(layer.to_v_style.weight)),
+                F.linear(tokens, layer.to_k_style.weight.float()),
+                F.linear(tokens, layer.to_v_style.weight.float()),
                 layer.norm_style,
             )
             for layer in self.layers

@@ -47,6 +47,11 @@ def selection_picture(
     return np.concatenate([seen, heat, lit, _panel(_clip_view(shuffled, crop))], axis=1)
 
 
+def clip_view_picture(image: np.ndarray, crop: CropMode) -> np.ndarray:
+    """What CLIP sees of a picture: uint8 [H, W, 3] -> uint8 [256, 256, 3]."""
+    return _panel(_clip_view(image, crop))
+
+
 def _clip_view(image: np.ndarray, crop: CropMode) -> np.ndarray:
     pixels = rearrange(clip_pixels(image, crop=crop).numpy(), "c h w -> h w c")
     return ((pixels * CLIP_STD + CLIP_MEAN) * 255).round().clip(0, 255).astype(np.uint8)

@@ -32,6 +32,7 @@ NODE_IDS = {
     "StyleMasterMotionAdapter",
     "StyleMasterSampler",
     "StyleMasterSaveStyle",
+    "StyleMasterShowScales",
     "StyleMasterStyleEncoder",
     "StyleMasterTextureSelector",
     "StyleMasterTinyLoader",
