@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from stylemaster_core.data.images import clip_pixels
 from stylemaster_core.data.views import View
 from stylemaster_core.models.image_encoder import ImageEncoder, load_image_encoder
 from stylemaster_core.models.patch_vae import PatchVAE, create_patch_vae
-from stylemaster_core.models.vae import load_vae
+from stylemaster_core.models.vae import WanVAE, load_vae
 from stylemaster_core.training.config import (
     ControlConfig,
     FlowConfig,
@@ -189,7 +190,7 @@ class Recipe:
         return {
             "vae": self.vae,
             "encoder": lambda folder: self.encoder(folder, self.seed + 1),
-            "judge": lambda folder: self.encoder(folder, self.seed + 2),
+            "judge": lambda folder: self.encoder(folder, self.seed + 2, through_vae=True),
             "samples": self.samples,
             "global-projection": self.global_projection,
             "joint": self.joint,
@@ -242,10 +243,16 @@ class Recipe:
         ]
         return Outcome("held-out absolute error, of a PCA and trained", before, after)
 
-    def encoder(self, folder: Path, seed: int) -> Outcome:
+    def encoder(self, folder: Path, seed: int, *, through_vae: bool = False) -> Outcome:
+        """A style encoder; the judge learns from reconstructions, too.
+
+        It is to tell styles apart, and else would tell what is real from what the VAE made.
+        """
         pool = load_or_draw_pool(
             self.out / f"{folder.name}_pool", seed, **self.profile.encoder_pool
         )
+        if through_vae:
+            _pass_through(load_vae(self.out / "vae" / "vae.safetensors"), pool.pictures[:, 1])
         train_encoder(
             folder,
             seed=seed,
@@ -495,6 +502,16 @@ def null_text() -> Tensor:
 
 def _features(data: TrainingData) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in data[0].items()}
+
+
+@torch.no_grad()
+def _pass_through(vae: WanVAE | PatchVAE, pictures: np.ndarray) -> None:
+    """Encode and decode uint8 [N, H, W, 3] in place."""
+    for first in tqdm(range(0, len(pictures), 16), desc="through the VAE", mininterval=5):
+        chunk = torch.from_numpy(pictures[first : first + 16]).permute(0, 3, 1, 2)[:, :, None]
+        decoded = vae.decode(vae.encode(chunk.float() / 127.5 - 1))[:, :, 0]
+        pixels = ((decoded + 1) * 127.5).round().clamp(0, 255).byte()
+        pictures[first : first + 16] = pixels.permute(0, 2, 3, 1).numpy()
 
 
 def _draw_shard(job: tuple[Path, Path, range, int, bool, bool]) -> Path:
