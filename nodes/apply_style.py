@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, get_args
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..stylemaster_core.errors import ConfigError
-from ..stylemaster_core.models.decoupled_attention import StyleRegion
+from ..stylemaster_core.models.decoupled_attention import StyleAttention, StyleRegion
 from ..stylemaster_core.models.style_tokens import Style
+from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
 from .conditionings import (
     Conditioning,
     prepare_styles,
@@ -19,7 +21,7 @@ from .conditionings import (
 from .layouts import Latent, picture_mask, region_mask
 from .number_lists import BlockRange, block_scales
 from .sdxl_patches import patch_layers
-from .sdxl_styles import layer_conditionings
+from .sdxl_styles import layer_conditionings, predicted_gains
 from .sockets import (
     StyleAdapter,
     StyleAdapterSocket,
@@ -154,7 +156,9 @@ class ApplyStyle(io.ComfyNode):
                 f"the strength is {strength}; it must not be negative (0 is the base model). To "
                 "lead away from a style, lower the style cfg instead"
             )
-        if isinstance(adapter, StyleCrafterAdapter):
+        if isinstance(adapter, StyleCrafterAdapter) and isinstance(
+            adapter.layers, StyleCrafterSdxl
+        ):
             patched = patch_layers(model, adapter)
             region = StyleRegion(
                 style.tokens,
@@ -166,22 +170,45 @@ class ApplyStyle(io.ComfyNode):
             )
             conds = layer_conditionings(adapter, region, positive, negative)
             return io.NodeOutput(patched, *conds)
-        patched = patch_style(model, adapter.attention)
+        attention = _wan_attention(adapter)
+        patched = patch_style(model, attention)
         region = StyleRegion(
             style.tokens,
             scale=strength,
-            block_scales=block_scales(blocks, block_weights, len(adapter.attention.blocks)),
+            block_scales=block_scales(blocks, block_weights, len(attention.blocks)),
             mask=region_mask(mask, first_frame, last_frame, latent),
             start=start,
             end=end,
         )
-        prepared = prepare_styles([region], adapter.attention)
-        return io.NodeOutput(
-            patched,
-            styled_conditioning(positive, prepared),
-            unstyled_conditioning(positive, prepared),
-            unstyled_conditioning(negative, prepared),
-        )
+        prepared = prepare_styles([region], attention)
+        if isinstance(adapter, StyleCrafterAdapter):
+            styled, plain = with_gains(adapter, attention, region, positive)
+        else:
+            styled = styled_conditioning(positive, prepared)
+            plain = unstyled_conditioning(positive, prepared)
+        return io.NodeOutput(patched, styled, plain, unstyled_conditioning(negative, prepared))
+
+
+def _wan_attention(adapter: StyleAdapter | StyleCrafterAdapter) -> StyleAttention:
+    attention = adapter.attention if isinstance(adapter, StyleAdapter) else adapter.layers
+    assert isinstance(attention, StyleAttention)
+    return attention
+
+
+def with_gains(
+    adapter: StyleCrafterAdapter,
+    attention: StyleAttention,
+    region: StyleRegion,
+    positive: Conditioning,
+) -> tuple[Conditioning, Conditioning]:
+    """Prompts with a style and with "no style", each prompt with gains of its own."""
+    styled, plain = [], []
+    for entry in positive:
+        gains = predicted_gains(adapter, entry[0], region.tokens)
+        prepared = prepare_styles([dataclasses.replace(region, gains=gains)], attention)
+        styled += styled_conditioning([entry], prepared)
+        plain += unstyled_conditioning([entry], prepared)
+    return styled, plain
 
 
 NODES = [ApplyStyle]

@@ -153,6 +153,7 @@ def block_styles(
             tuple(pair.values[block] for pair in pairs),
             masks,
             no_style[block],
+            tuple((pair.norm[0][block], pair.norm[1][block]) for pair in pairs if pair.norm),
         )
         for block in range(no_style.shape[0])
     ]
@@ -165,15 +166,20 @@ def _stack(
 
     Rows without the style get `no_style` [blocks, B, 1, D], or, where masks hide it, the style.
     """
-    keys, values = [], []
+    keys, values, norms = [], [], []
     for number, ((condition, sample), share) in enumerate(shared):
         kv = condition.styles[index].sample(sample, like)
         if share.styles[index] is None and no_style is not None:
             # Equal keys attend evenly, so equal values come out as they are.
-            kv = StyleKV(torch.zeros_like(kv.keys), no_style[:, number].expand_as(kv.values))
+            norm = None if kv.norm is None else tuple(torch.zeros_like(x) for x in kv.norm)
+            kv = StyleKV(torch.zeros_like(kv.keys), no_style[:, number].expand_as(kv.values), norm)
         keys.append(kv.keys)
         values.append(kv.values)
-    return StyleKV(torch.stack(keys, 1), torch.stack(values, 1))
+        norms.append(kv.norm)
+    norm = None
+    if norms[0] is not None:
+        norm = (torch.stack([n[0] for n in norms], 1), torch.stack([n[1] for n in norms], 1))
+    return StyleKV(torch.stack(keys, 1), torch.stack(values, 1), norm)
 
 
 def _stack_masks(shares: Sequence[_Share], used: Sequence[int], like: Tensor) -> Iterator[Tensor]:

@@ -30,9 +30,17 @@ class PreparedStyle:
     scales: list[float]  # of each block
 
     def sample(self, index: int, like: Tensor) -> StyleKV:
-        """Keys and values [blocks, S, D] of one sample of the batch."""
-        index = min(index, self.kv.keys.shape[1] - 1)
-        return StyleKV(self.kv.keys[:, index].to(like), self.kv.values[:, index].to(like))
+        """Keys and values [blocks, S, D], and norm [blocks, 1, D], of one sample of the batch."""
+
+        def part(x: Tensor) -> Tensor:
+            return x[:, min(index, x.shape[1] - 1)].to(like)
+
+        norm = self.kv.norm
+        return StyleKV(
+            part(self.kv.keys),
+            part(self.kv.values),
+            None if norm is None else (part(norm[0]), part(norm[1])),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +53,8 @@ class StyleCondition:
 
     @property
     def batch(self) -> int:
-        return max(style.kv.keys.shape[1] for style in self.styles)
+        kvs = [style.kv for style in self.styles]
+        return max(x.shape[1] for kv in kvs for x in (kv.keys, *(kv.norm or ())))
 
     @property
     def num_blocks(self) -> int:
@@ -55,7 +64,12 @@ class StyleCondition:
     def shapes(self) -> list[Any]:
         """What must agree between conditionings that run in one batch."""
         return [
-            (style.kv.keys.shape[0], *style.kv.keys.shape[2:], style.kv.keys.dtype)
+            (
+                style.kv.keys.shape[0],
+                *style.kv.keys.shape[2:],
+                style.kv.keys.dtype,
+                style.kv.norm is None,
+            )
             for style in self.styles
         ]
 
@@ -197,6 +211,11 @@ def _with_styles(
         carried = () if present is None else present.cond[0][0].styles
         both = (*carried, *styles)
         check_overlap(both)
+        if len({style.kv.norm is None for style in both}) > 1:
+            raise ConfigError(
+                "styles of adapters with and without norm_style (StyleCrafter's and StyleMaster's) "
+                "cannot act on one prompt; use styles of one adapter"
+            )
         return COND([(StyleCondition(both, styled), 0)])
 
     return with_model_cond(conditioning, STYLE_KEY, extend)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..stylemaster_core.errors import UnsupportedHostError, WeightsError
 from ..stylemaster_core.models.decoupled_attention import style_residual
+from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
 from .sdxl_styles import LAYER_KEY, StyledRows, styled_rows
 from .sockets import StyleCrafterAdapter
 from .wan_patches import compute_dtype, raw, with_wrapper
@@ -60,6 +61,7 @@ def patch_layers(model: ModelPatcher, adapter: StyleCrafterAdapter) -> ModelPatc
     layers = [layer for _, layer in cross_attentions(unet)]
     found = [layer.to_q.out_features for layer in layers]
     text = layers[0].to_k.in_features if layers else 0
+    assert isinstance(adapter.layers, StyleCrafterSdxl)
     wanted, wanted_text = adapter.layers.layer_widths, adapter.text_width
     if found != wanted or text != wanted_text:
         raise WeightsError(

@@ -41,7 +41,7 @@ class StyleCrafterAdapter:
 
     name: str
     encoder: StyleCrafterEncoder
-    layers: StyleCrafterSdxl
+    layers: StyleCrafterSdxl | StyleAttention  # for SDXL, or for Wan
 
     @property
     def num_layers(self) -> int:

@@ -13,6 +13,7 @@ from ..stylemaster_core.data.content_shuffle import content_shuffle
 from ..stylemaster_core.data.images import CropMode, clip_pixels
 from ..stylemaster_core.errors import LayoutError
 from ..stylemaster_core.models.style_tokens import BlendMode, Style, blend_styles
+from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
 from ..stylemaster_core.models.texture_selector import (
     Selection,
     SelectionMode,
@@ -95,11 +96,12 @@ def encode_stylecrafter(
         LayoutError: for features of another vision model.
     """
     encoder = copy.deepcopy(adapter.encoder).float()
-    seen = features.penultimate.split(1)
+    for_sdxl = isinstance(adapter.layers, StyleCrafterSdxl)
+    seen = (features.penultimate if for_sdxl else features.patches).split(1)
     groups = [list(seen)] if several == "concatenate" else [[view] for view in seen]
     hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in features.pictures]
     provenance: dict[str, object] = {
-        "method": "stylecrafter-sdxl",
+        "method": "stylecrafter-sdxl" if for_sdxl else "stylecrafter-wan",
         "images_sha256": hashes,
         "crop": features.crop,
         "adapter": adapter.name,
