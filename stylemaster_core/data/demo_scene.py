@@ -92,24 +92,22 @@ def _woodcut(x: np.ndarray, y: np.ndarray, tone: np.ndarray) -> np.ndarray:
 
 
 def _mosaic(x: np.ndarray, y: np.ndarray, tone: np.ndarray) -> np.ndarray:
-    cell, joint = 10, 1.5
-    palette = np.array(
-        [[20, 70, 120], [30, 140, 160], [200, 80, 40], [230, 180, 60], [240, 235, 220]]
-    )
+    cell, joint = 8, 1.2
+    palette = np.array([[18, 40, 95], [30, 90, 160], [95, 165, 200], [240, 232, 205]])
     # Each stone has the tone of its middle.
     row, column = (np.minimum(n // cell * cell + cell // 2, len(n) - 1).astype(int) for n in (y, x))
     stones = palette[np.minimum((tone[row, column] * len(palette)).astype(int), len(palette) - 1)]
     edge = ((x % cell) < joint) | ((y % cell) < joint)
-    return np.where(edge[..., None], np.array([50, 50, 55]), stones).astype(np.uint8)
+    return np.where(edge[..., None], stones * 0.45, stones).astype(np.uint8)
 
 
 def _neon(x: np.ndarray, y: np.ndarray, tone: np.ndarray) -> np.ndarray:
-    palette = np.array(
-        [[20, 10, 60], [120, 20, 160], [240, 40, 140], [255, 170, 40], [60, 240, 220]]
-    )
-    picture = palette[np.minimum((tone * len(palette)).astype(int), len(palette) - 1)]
-    dots = np.cos(2 * np.pi * (x + y) / 10) + np.cos(2 * np.pi * (x - y) / 10) > 1.0
-    return np.where(dots[..., None], picture // 3, picture).astype(np.uint8)
+    palette = np.array([[35, 5, 80], [150, 20, 150], [245, 70, 150], [255, 190, 205]])
+    screen = 0.5 + 0.2 * (np.cos(2 * np.pi * (x + y) / 9) + np.cos(2 * np.pi * (x - y) / 9))
+    printed = np.clip(tone * 0.5 + np.clip((tone - screen) * 2 + 0.5, 0, 1) * 0.5, 0, 1)
+    place = printed * (len(palette) - 1)
+    known = np.arange(len(palette))
+    return np.stack([np.interp(place, known, c) for c in palette.T], -1).astype(np.uint8)
 
 
 def _mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ NUM_FRAMES = 17  # of a video without input
 # Of `StylizeConfig`, where they differ from the release's.
 SETTINGS: dict[str, Any] = {
     "num_steps": 12,
-    "text_scale": 2.0,
-    "style_scale": 2.0,
+    "text_scale": 1.5,
+    "style_scale": 1.5,
     "tile_factor": 2,
     "control_range": (0.0, 1.0),
 }
