@@ -171,7 +171,7 @@ def _stack(
         kv = condition.styles[index].sample(sample, like)
         if share.styles[index] is None and no_style is not None:
             # Equal keys attend evenly, so equal values come out as they are.
-            norm = None if kv.norm is None else tuple(torch.zeros_like(x) for x in kv.norm)
+            norm = kv.norm and (torch.zeros_like(kv.norm[0]), torch.zeros_like(kv.norm[1]))
             kv = StyleKV(torch.zeros_like(kv.keys), no_style[:, number].expand_as(kv.values), norm)
         keys.append(kv.keys)
         values.append(kv.values)
