@@ -98,6 +98,7 @@ def test_it_runs_in_the_browser(comfy):
     pytest.importorskip("playwright", reason="the browser tests need `pip install playwright`")
     with browser.open_ui(comfy.url) as ui:
         ui.load(small())
+        ui.fit()  # what is out of sight is not drawn
         assert ui.missing_nodes() == [] and ui.alerts() == []
         ui.queue()
         result = ui.page.locator('video[src*="tiny_video_to_video"]').first
