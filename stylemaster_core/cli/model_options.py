@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ..errors import WeightsError
 from ..pipelines.models import ModelFiles, Models
+from ..pipelines.tiny import tiny_files
 
 RANDOM = "small-random"
-TINY = "tiny"
+TINY, TINY_STYLECRAFTER = "tiny", "tiny-stylecrafter"
 # Where ComfyUI users already have the files; the first that exists is taken.
 DEFAULT_FILES: dict[str, tuple[str, ...]] = {
     "transformer": ("diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",),
@@ -36,9 +37,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
     group.add_argument(
         "--model",
-        choices=("wan2.1-1.3b", TINY, RANDOM),
+        choices=("wan2.1-1.3b", TINY, TINY_STYLECRAFTER, RANDOM),
         default="wan2.1-1.3b",
         help=f"{TINY}: the small trained model that comes with this package, for small videos; "
+        f"{TINY_STYLECRAFTER}: the same with StyleCrafter's adapter; "
         f"{RANDOM}: small random weights, for trying things out; the result is noise",
     )
     group.add_argument(
@@ -78,6 +80,8 @@ def open_models(args: argparse.Namespace, random_dir: Path | None = None) -> Mod
         found = _random_files(random_dir)
     elif args.model == TINY:
         found = _tiny_files(motion=getattr(args, "motion_scale", None) is not None)
+    elif args.model == TINY_STYLECRAFTER:
+        found = vars(tiny_files(stylecrafter=True))
     else:
         found = _find(_models_dir(args), given)
     return Models(
@@ -110,8 +114,6 @@ def _find(folder: Path, given: dict[str, Path | None]) -> dict[str, Path]:
 
 
 def _tiny_files(motion: bool) -> dict[str, Path]:
-    from ..pipelines.tiny import tiny_files
-
     files = {name: path for name, path in vars(tiny_files()).items() if path is not None}
     if not motion:  # it acts only where it is asked for, as with other models
         del files["motion_adapter"]

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import ConfigError
 from ..sampling.samplers import SamplerName
-from .model_options import TINY, add_model_options, open_models, parse_range, parse_size
+from .model_options import (
+    TINY,
+    TINY_STYLECRAFTER,
+    add_model_options,
+    open_models,
+    parse_range,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -188,7 +195,7 @@ def _config(args: argparse.Namespace, task: Any, frames: np.ndarray | None) -> S
     if args.window < 1 or args.window_overlap < 0:
         raise ConfigError("--window must be at least 1 frame and --window-overlap not negative")
     settings = {}
-    if args.model == TINY:
+    if args.model in (TINY, TINY_STYLECRAFTER):
         settings = tiny_settings(frames, still=task == "text-to-image")
     given = {
         "size": args.size,

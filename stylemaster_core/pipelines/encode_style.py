@@ -140,7 +140,7 @@ def encode_stylecrafter(
     project's training data hold it, without post-layernorm on CLS, and prepared by CLIP's own rule.
     """
     with models.stylecrafter() as adapter, models.image_encoder() as encoder:
-        pixels = [clip_pixels(image, crop=crop)[None] for image in images]
+        pixels = [clip_pixels(image, crop=crop, size=encoder.image_size)[None] for image in images]
         tokens = adapter([encoder.encode(picture).patch_features for picture in pixels])
     provenance: dict[str, object] = {
         "method": "stylecrafter-wan",

@@ -30,26 +30,33 @@ _PARTS = {
     "controlnet": "controlnet.safetensors",
     "motion_adapter": "motion_adapter.safetensors",
 }
+# The same base with StyleCrafter's adapter and its LoRA for videos.
+_STYLECRAFTER = {
+    "adapter": "stylecrafter_adapter.safetensors",
+    "motion_adapter": "stylecrafter_video_lora.safetensors",
+}
 _INSIDE = {"image_encoder": ("config.json", "model.safetensors")}
 
 
-def tiny_files(folder: Path = FOLDER) -> ModelFiles:
+def tiny_files(folder: Path = FOLDER, *, stylecrafter: bool = False) -> ModelFiles:
     """Paths of the small model.
 
     Args:
         folder: another place to look in.
+        stylecrafter: with StyleCrafter's adapter instead of StyleMaster's.
 
     Raises:
         WeightsError: naming each file that is not there.
     """
-    wanted = [folder / part / inner for part in _PARTS.values() for inner in _inside(part)]
+    parts = _PARTS | (_STYLECRAFTER if stylecrafter else {})
+    wanted = [folder / part / inner for part in parts.values() for inner in _inside(part)]
     missing = [path.relative_to(folder).as_posix() for path in wanted if not path.is_file()]
     if missing:
         raise WeightsError(
             f"stylemaster-tiny is not complete: {folder} lacks {', '.join(missing)}; get the "
             "repository with its weights again, or train them: make tiny"
         )
-    return ModelFiles(**{name: folder / part for name, part in _PARTS.items()})
+    return ModelFiles(**{name: folder / part for name, part in parts.items()})
 
 
 def _inside(part: str) -> tuple[str, ...]:
