@@ -164,7 +164,7 @@ def test_styles_act_through_apply_style(nodes):
 
 def test_scales_are_shown(nodes):
     assert nodes["shown"] == [1, 320, 768, 3]
-    assert nodes["long_prompt"] and nodes["other_scales"]
+    assert nodes["long_prompt"] and not nodes["same_scales"]
 
 
 @pytest.mark.parametrize(
