@@ -6,13 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := stylemaster_core nodes tests bench web recipes __init__.py
 
-.PHONY: demo comfy test lint types unit comfy-tests clean
+.PHONY: demo comfy tiny test lint types unit comfy-tests clean
 
 demo: $(VENV)/.installed  ## the small model restyles a clip to three style pictures, and measures it
 	$(BIN)/stylemaster demo --out demo --overwrite
 
 comfy: $(VENV)/.installed  ## a ComfyUI with the pack, at the template of the small model
 	$(BIN)/python -m recipes.start_comfy
+
+# PROFILE=gpu for a CUDA machine; PROFILE=smoke tries every stage in minutes and ships nothing.
+PROFILE ?= cpu
+tiny: $(VENV)/.installed  ## train the small model from nothing; goes on where it stopped
+	$(BIN)/python -m recipes.tiny --profile $(PROFILE) $(if $(filter smoke,$(PROFILE)),--out runs/smoke,--ship)
 
 test: lint types unit comfy-tests
 

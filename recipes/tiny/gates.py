@@ -257,13 +257,15 @@ def steadiness_gate(results: Clips, held_out: HeldOut) -> Gate:
     )
 
 
-def motion_gate(studio: Studio, results: Clips) -> Gate:
-    """The motion adapter stills a video, and below 0 it does the contrary."""
-    few = studio.few
-    clips = {0.0: results[:few]}
-    for scale in MOTION_SCALES:
-        if scale:
-            clips[scale] = studio.make(studio.tokens[:few], motion_scale=scale)
+def motion_gate(studio: Studio) -> Gate:
+    """The motion adapter stills a video, and below 0 it does the contrary.
+
+    Without control, as in the paper's use of it: a gray tile prescribes the content's motion.
+    """
+    clips = {
+        scale: studio.make(studio.tokens[: studio.few], motion_scale=scale, control_scale=0.0)
+        for scale in MOTION_SCALES
+    }
     measured = tuple(_mean(frame_difference(c) for c in clips[scale]) for scale in MOTION_SCALES)
 
     def rule(still: float, half: float, off: float, negative: float) -> bool:

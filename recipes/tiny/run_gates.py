@@ -56,7 +56,7 @@ def all_clips(studio: Studio) -> dict[str, Clips]:
 
 def num_clips(num: int) -> int:
     """How many clips are generated for a held-out set of `num`."""
-    return 3 * num + 9 * min(num, gates.NUM_FEW)
+    return 3 * num + 10 * min(num, gates.NUM_FEW)
 
 
 def quality_gates(
@@ -70,7 +70,7 @@ def quality_gates(
     yield gates.reinhard_gate(styled, scores[REINHARD], off, untrained)
     yield gates.content_gate(styled, untrained)
     yield gates.steadiness_gate(results, studio.held_out)
-    yield gates.motion_gate(studio, results)
+    yield gates.motion_gate(studio)
     yield gates.selection_gate(studio)
     yield gates.blend_gate(studio, results)
     yield gates.mask_gate(studio, results)

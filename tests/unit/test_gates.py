@@ -134,7 +134,8 @@ class FilterStudio(Studio):
         rngs = [np.random.default_rng([SEED, index]) for index in range(len(held_out))]
         self.styles = [draw_style(rng, held_out=True) for rng in rngs]
 
-    def make(self, styles, motion_scale=0.0):
+    def make(self, styles, motion_scale=0.0, control_scale=1.0):
+        del control_scale
         regions = [StyleRegion(styles)] if isinstance(styles, torch.Tensor) else styles
         results = []
         for index, content in enumerate(self.held_out.contents[: len(regions[0].tokens)]):
@@ -163,7 +164,7 @@ def test_an_ideal_model_passes_the_gates_of_mechanism(monkeypatch):
     monkeypatch.setattr(gates, "_selected_tokens", selected)
     results = studio.make(studio.tokens)
     found = [
-        gates.motion_gate(studio, results),
+        gates.motion_gate(studio),
         gates.selection_gate(studio),
         gates.blend_gate(studio, results),
         gates.mask_gate(studio, results),
