@@ -108,9 +108,7 @@ long = [[torch.cat([positive[0][0]] * 2, 1), positive[0][1]]]
 shown, again = (scales.ShowScales.execute(adapter, first, text)[0] for text in (positive, long))
 facts["shown"] = list(shown.shape)
 facts["long_prompt"] = bool(torch.equal(shown, again))
-facts["same_scales"] = bool(
-    torch.equal(shown, scales.ShowScales.execute(adapter, second, long)[0])
-)
+facts["same_scales"] = bool(torch.equal(shown, scales.ShowScales.execute(adapter, second, long)[0]))
 
 sockets = wan.pack("nodes.sockets")
 attention = wan.adapter(wan.golden("weights_dit_a"))
