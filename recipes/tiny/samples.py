@@ -50,11 +50,7 @@ SIZES: dict[ClipSize, float] = {
     ClipSize(5, 64, 96): 0.2,
     ClipSize(1, 128, 128, 4): 0.2,
 }
-STILL_SIZES: dict[ClipSize, float] = {
-    ClipSize(5, 64, 64): 0.4,
-    ClipSize(5, 96, 96): 0.3,
-    ClipSize(9, 128, 128): 0.5,
-}
+STILL_SIZES: dict[ClipSize, float] = {ClipSize(5, 64, 64): 0.7, ClipSize(5, 96, 96): 0.3}
 
 
 @dataclass
