@@ -109,12 +109,13 @@ class Profile:
     motion_steps: int
     stylecrafter_steps: int
     validation: int = 16  # held-out styles
-    lr: float = 1e-3
+    lr: float = 1e-3  # of the joint training
+    vae_lr: float = 1e-3
 
 
 PROFILES = {
     "smoke": Profile(
-        vae_steps=150,
+        vae_steps=300,
         vae_batch=1,
         vae_pool={64: 300, 128: 100},
         encoder_steps=250,
@@ -131,6 +132,7 @@ PROFILES = {
         stylecrafter_steps=40,
         validation=6,
         lr=2e-3,
+        vae_lr=4e-4,
     ),
     "cpu": Profile(
         vae_steps=2500,
@@ -228,6 +230,7 @@ class Recipe:
             folder,
             steps=self.profile.vae_steps,
             batch=self.profile.vae_batch,
+            lr=self.profile.vae_lr,
             seed=self.seed,
             device=self.device,
             pool=pool,

@@ -111,8 +111,9 @@ def test_the_nodes_obey(contrastive, metadata, expected, tmp_path, monkeypatch):
         adapter = importlib.import_module(f"{NAME}.nodes.loaders").load_style_adapter(path)
         assert adapter.projector.global_embeds == expected
         embeds = {"image_embeds": torch.full((1, 6), 0.25), "shuffled_embeds": torch.ones(1, 6)}
+        patches = torch.randn(1, 17, 16)
         features = sockets.StyleFeatures(
-            torch.randn(1, 17, 16), *embeds.values(), None, [picture], [picture], "center", 0
+            patches, patches, *embeds.values(), None, [picture], [picture], "center", 0
         )
         taken = []
 
