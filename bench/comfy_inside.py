@@ -157,7 +157,7 @@ def speed(setting: Setting) -> dict[str, Any]:
             watch = Stopwatch(makers[name]())
             watch.sample(setting, setting.steps)
             rounds[name].append(watch)
-    dtype = str(wan_patches._compute_dtype(model.model)).removeprefix("torch.")
+    dtype = str(wan_patches.compute_dtype(model.model)).removeprefix("torch.")
     result: dict[str, Any] = {"dtype": dtype}
     for name, watches in rounds.items():
         seconds = [x for watch in watches for x in watch.seconds]
