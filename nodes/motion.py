@@ -5,10 +5,8 @@ from __future__ import annotations
 import types
 from typing import Any
 
-import comfy.model_management
 import comfy.sd
 import torch.nn.functional as F
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..stylemaster_core.errors import ConfigError
@@ -16,8 +14,7 @@ from ..stylemaster_core.models.motion_adapter import (
     MotionAdapter,
     motion_adapter_state_dict,
 )
-from .block_styles import in_range
-from .wan_patches import check_model, hooked, raw, raw_blocks, with_wrapper
+from .wan_patches import Hook, ModelCall, check_model, raw, raw_blocks, with_hooks
 
 MOTION_KEY = "stylemaster_motion"
 PROJECTIONS = ("q", "k", "v", "o")
@@ -46,32 +43,19 @@ def patch_motion(model: Any, adapter: MotionAdapter, scale: float, start: float,
         lora = motion_adapter_state_dict(adapter)
         return comfy.sd.load_lora_for_models(model, None, lora, scale, 0)[0]
 
-    def apply_with_motion(
-        executor: Any,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Tensor | None = None,
-        c_crossattn: Tensor | None = None,
-        control: Any = None,
-        transformer_options: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """APPLY_MODEL wrapper."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        base, hooks = executor.class_obj, []
-        if in_range(base.model_sampling, float(t.max()), start, end):
-            for block, layers in zip(raw_blocks(base), blocks, strict=True):
+    def motion_hooks(call: ModelCall) -> list[Hook]:
+        hooks: list[Hook] = []
+        if call.in_range(start, end):
+            for block, layers in zip(raw_blocks(call.model), blocks, strict=True):
                 attention = raw(block.self_attn)
                 for name in PROJECTIONS:
                     down, up = (layers[name].get_submodule(f"lora_{x}").weight for x in "AB")
-                    moved = (down.to(x.device), up.to(x.device) * scale)
+                    moved = (down.to(call.x.device), up.to(call.x.device) * scale)
                     linear = raw(getattr(attention, name))
                     hooks.append((linear, _linear_with_motion, {"stylemaster_motion": moved}))
-        with hooked(hooks):
-            options = transformer_options or {}
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        return hooks
 
-    return with_wrapper(model, WrappersMP.APPLY_MODEL, MOTION_KEY, apply_with_motion)
+    return with_hooks(model, MOTION_KEY, motion_hooks)
 
 
 def _linear_with_motion(self: Any, x: Tensor) -> Tensor:

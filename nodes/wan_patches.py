@@ -13,6 +13,7 @@ import contextlib
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.ldm.wan.model
@@ -31,13 +32,59 @@ from .conditionings import CONTROL_KEY, STYLE_KEY, Row
 PREVIOUS = "stylemaster_previous"
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
+Hook = tuple[nn.Module, Callable[..., Tensor], dict[str, Any]]  # module, `forward`, attributes
 _ABSENT = object()
 
 
+@dataclass(frozen=True, eq=False)
+class ModelCall:
+    """One call of a model, as hooks are made for it."""
+
+    model: Any  # ComfyUI's BaseModel
+    x: Tensor  # noisy latents
+    t: Tensor  # sigmas [B]
+    rows: Sequence[Row] | None  # what the conditionings carry for these hooks
+    window: Any  # context window, if there is one
+
+    def in_range(self, start: float, end: float) -> bool:
+        """Whether the sampling is in this part of its way."""
+        return in_range(self.model.model_sampling, float(self.t.max()), start, end)
+
+
+def with_hooks(
+    model: ModelPatcher, key: str, make_hooks: Callable[[ModelCall], Sequence[Hook]]
+) -> ModelPatcher:
+    """A clone of a MODEL, each call of which runs under the hooks that are made for it.
+
+    Args:
+        model: a MODEL.
+        key: of the wrapper, and of what conditionings carry for it.
+        make_hooks: gives the hooks for one call.
+    """
+
+    def apply_with_hooks(
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """APPLY_MODEL wrapper."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        options = transformer_options or {}
+        rows = kwargs.pop(key, None)
+        call = ModelCall(executor.class_obj, x, t, rows, options.get("context_window"))
+        with hooked(make_hooks(call)):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    return with_wrapper(model, WrappersMP.APPLY_MODEL, key, apply_with_hooks)
+
+
 @contextlib.contextmanager
-def hooked(
-    hooks: Sequence[tuple[nn.Module, Callable[..., Tensor], dict[str, Any]]],
-) -> Iterator[None]:
+def hooked(hooks: Sequence[Hook]) -> Iterator[None]:
     """Give modules a `forward` and attributes; afterwards they are as before, whatever happened."""
     undo = []
     try:
@@ -111,7 +158,7 @@ def patch_style(model: ModelPatcher, adapter: StyleAttention) -> ModelPatcher:
         UnsupportedHostError, WeightsError: if the model cannot take this adapter's styles.
     """
     check_model(model, adapter.width, len(adapter.blocks), "this style adapter")
-    return with_wrapper(model, WrappersMP.APPLY_MODEL, STYLE_KEY, _apply_with_style)
+    return with_hooks(model, STYLE_KEY, style_hooks)
 
 
 def with_wrapper(
@@ -123,40 +170,27 @@ def with_wrapper(
     return clone
 
 
-def _apply_with_style(
-    executor: Any,
-    x: Tensor,
-    t: Tensor,
-    c_concat: Tensor | None = None,
-    c_crossattn: Tensor | None = None,
-    control: Any = None,
-    transformer_options: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """APPLY_MODEL wrapper."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    rows, options = kwargs.pop(STYLE_KEY, None), transformer_options or {}
-    hooks = []
-    if rows is not None:
-        model = executor.class_obj
-        blocks = raw_blocks(model)
-        made_for = rows[0][0].num_blocks
-        if made_for != len(blocks):
-            raise WeightsError(
-                f"this conditioning's style is made for {made_for} blocks, the MODEL has "
-                f"{len(blocks)}; use the model that the style was applied to"
-            )
-        patch = raw(model.diffusion_model).patch_size
-        size = tuple(-(-n // p) for n, p in zip(x.shape[2:], patch, strict=True))
-        grid = TokenGrid(size, options.get("context_window"))
-        like = x.new_empty(0, dtype=compute_dtype(model))
-        styles = block_styles(rows, grid, model.model_sampling, float(t.max()), like)
-        hooks = [
-            (raw(block.cross_attn), _styled_cross_attention, {"stylemaster_style": style})
-            for block, style in zip(blocks, styles, strict=True)
-        ]
-    with hooked(hooks):
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+def style_hooks(call: ModelCall) -> list[Hook]:
+    """For each cross-attention what the styles of the batch add to it in this call."""
+    if call.rows is None:
+        return []
+    blocks = raw_blocks(call.model)
+    made_for = call.rows[0][0].num_blocks
+    if made_for != len(blocks):
+        raise WeightsError(
+            f"this conditioning's style is made for {made_for} blocks, the MODEL has "
+            f"{len(blocks)}; use the model that the style was applied to"
+        )
+    patch = raw(call.model.diffusion_model).patch_size
+    size = tuple(-(-n // p) for n, p in zip(call.x.shape[2:], patch, strict=True))
+    grid = TokenGrid(size, call.window)
+    like = call.x.new_empty(0, dtype=compute_dtype(call.model))
+    sampling = call.model.model_sampling
+    styles = block_styles(call.rows, grid, sampling, float(call.t.max()), like)
+    return [
+        (raw(block.cross_attn), _styled_cross_attention, {"stylemaster_style": style})
+        for block, style in zip(blocks, styles, strict=True)
+    ]
 
 
 def _styled_cross_attention(
@@ -219,37 +253,23 @@ def patch_control(
             f"MODEL's {len(transformer.blocks)}; load the Wan model that it was trained with"
         )
 
-    def apply_with_control(
-        executor: Any,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Tensor | None = None,
-        c_crossattn: Tensor | None = None,
-        control: Any = None,
-        transformer_options: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """APPLY_MODEL wrapper."""
+    def control_hooks(call: ModelCall) -> list[Hook]:
+        if call.rows is None or not strength or not call.in_range(start, end):
+            return []
+        hooks = _control_hooks(call, strength)
         comfy.model_management.throw_exception_if_processing_interrupted()
-        rows, options = kwargs.pop(CONTROL_KEY, None), transformer_options or {}
-        base, hooks = executor.class_obj, []
-        active = strength and in_range(base.model_sampling, float(t.max()), start, end)
-        if rows is not None and active:
-            hooks = _control_hooks(base, rows, x, t, strength, options.get("context_window"))
-            comfy.model_management.throw_exception_if_processing_interrupted()
-        with hooked(hooks):
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        return hooks
 
-    clone = with_wrapper(model, WrappersMP.APPLY_MODEL, CONTROL_KEY, apply_with_control)
+    clone = with_hooks(model, CONTROL_KEY, control_hooks)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, CONTROL_KEY, _reserve_memory)
     clone.set_additional_models(CONTROL_KEY, [net_patcher])
     return clone
 
 
-def _control_hooks(
-    model: Any, rows: Sequence[Row], x: Tensor, t: Tensor, strength: float, window: Any
-) -> list[Any]:
+def _control_hooks(call: ModelCall, strength: float) -> list[Hook]:
     """Run the network, once for each different sample, and hand its states to the blocks."""
+    assert call.rows is not None
+    model, rows, x = call.model, call.rows, call.x
     # Through the patcher at work, as clones may hold the network on another device.
     net = model.current_patcher.get_additional_models_with_key(CONTROL_KEY)[0].model
     samples: dict[tuple[int, int], int] = {}  # in the order of the network's batch
@@ -265,11 +285,11 @@ def _control_hooks(
         torch.cat(parts).to(x.device)
         for parts in zip(*(rows[i][0].sample(rows[i][1]) for i in first), strict=True)
     )
-    latents = _cut(latents, x, window)
+    latents = _cut(latents, x, call.window)
     dtype = compute_dtype(model)
     states = net(
         model.process_latent_in(latents).to(dtype),
-        model.model_sampling.timestep(t[first]).float(),
+        model.model_sampling.timestep(call.t[first]).float(),
         text.to(dtype),
         dtype=dtype,
     )

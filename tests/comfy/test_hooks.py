@@ -175,7 +175,7 @@ def test_clones(facts):
     assert facts["wrappers_after_twice"] == 1
     assert facts["clone"] == 0
     assert facts["unpatched_clone"] == 0
-    assert facts["wrapper_holds"] == []
+    assert facts["wrapper_holds"] == ["function", "str"]
 
 
 def test_post_cfg_functions_are_called(facts):

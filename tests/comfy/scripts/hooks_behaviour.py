@@ -172,7 +172,9 @@ def clones() -> None:
     facts["clone"] = wan.relative(at_once(again, conds[0]), expected)
     facts["unpatched_clone"] = wan.relative(at_once(plain, positive), without)
     # Nothing of the adapter stays: only keys and values travel, with the conditioning.
-    facts["wrapper_holds"] = [str(cell) for w in wrappers for cell in w.__closure__ or ()]
+    held = [cell.cell_contents for w in wrappers for cell in w.__closure__]
+    assert patches.style_hooks in held and not patches.style_hooks.__closure__
+    facts["wrapper_holds"] = sorted(type(value).__name__ for value in held)
     calls: list[str] = []
     post = styled_model.clone()
     post.set_model_sampler_post_cfg_function(lambda a: (calls.append("post"), a["denoised"])[1])
@@ -223,9 +225,7 @@ def errors() -> None:
 
 
 def _patched_by_force(model: Any) -> Any:
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, patches.STYLE_KEY, patches._apply_with_style)
-    return clone
+    return patches.with_hooks(model, patches.STYLE_KEY, patches.style_hooks)
 
 
 def touching_ranges() -> None:
