@@ -66,7 +66,6 @@ from .joint import create_joint_trainer
 from .limit import TimeLimit, TimeOver
 from .samples import (
     REFERENCE_PX,
-    STILL_SIZES,
     TEXT_LENGTH,
     TEXT_WIDTH,
     TinySamples,
@@ -74,6 +73,7 @@ from .samples import (
     encode_words,
     join_samples,
     read_samples,
+    still_samples,
     words_encoder,
     write_samples,
 )
@@ -84,6 +84,7 @@ logger = logging.getLogger("stylemaster")
 
 SHIPPED = Path(__file__).parents[2] / "stylemaster_core" / "tiny"
 SHARD_STYLES = 250
+STILL_FRAMES = 3  # latent ones, of the clips that the motion adapter learns from
 UNFINISHED = 3  # exit status
 STYLECRAFTER = StyleCrafterConfig(num_layers=2, scale_width=128, scale_num_layers=2, rank=16)
 PAIR_VIEWS = ("patches", "jigsaw", "rotate180", "flip_horizontal", "flip_vertical")
@@ -101,7 +102,6 @@ class Profile:
     num_pairs: int
     projection_steps: int
     num_styles: int
-    num_still: int
     joint_steps: int
     joint_batch: int
     style_steps: int
@@ -123,7 +123,6 @@ PROFILES = {
         num_pairs=200,
         projection_steps=60,
         num_styles=150,
-        num_still=60,
         joint_steps=60,
         joint_batch=8,
         style_steps=20,
@@ -143,12 +142,11 @@ PROFILES = {
         num_pairs=4000,
         projection_steps=300,
         num_styles=6000,
-        num_still=1500,
         joint_steps=4300,
         joint_batch=32,
         style_steps=120,
         control_steps=200,
-        motion_steps=300,
+        motion_steps=1200,
         stylecrafter_steps=1100,
     ),
     "gpu": Profile(
@@ -160,12 +158,11 @@ PROFILES = {
         num_pairs=10_000,
         projection_steps=1500,
         num_styles=40_000,
-        num_still=4000,
         joint_steps=8000,
         joint_batch=256,
         style_steps=1000,
         control_steps=1000,
-        motion_steps=500,
+        motion_steps=2000,
         stylecrafter_steps=3000,
     ),
 }
@@ -275,16 +272,13 @@ class Recipe:
     def samples(self, folder: Path) -> None:
         """Shards of samples, and held-out ones."""
         folder.mkdir(parents=True, exist_ok=True)
-        jobs: list[tuple[Any, ...]] = []
-        counts = {"train": self.profile.num_styles, "still": self.profile.num_still}
-        for name, count in counts.items():
-            for first in range(0, count, SHARD_STYLES):
-                numbers = range(first, min(first + SHARD_STYLES, count))
-                path = folder / f"{name}-{first:06d}.safetensors"
-                jobs.append((path, self.out, numbers, self.seed, False, name == "still"))
         numbers = range(self.profile.validation)
-        jobs.append((folder / "held_out.safetensors", self.out, numbers, self.seed, True, False))
-        jobs.append((folder / "still_held_out.safetensors", self.out, numbers, 0, True, True))
+        jobs = [(folder / "held_out.safetensors", self.out, numbers, self.seed, True)]
+        count = self.profile.num_styles
+        for first in range(0, count, SHARD_STYLES):
+            numbers = range(first, min(first + SHARD_STYLES, count))
+            path = folder / f"train-{first:06d}.safetensors"
+            jobs.append((path, self.out, numbers, self.seed, False))
         jobs = [job for job in jobs if not job[0].exists()]
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
             for path in pool.map(_draw_shard, jobs):
@@ -353,13 +347,15 @@ class Recipe:
 
     def motion(self, folder: Path) -> Outcome:
         """The paper's motion adapter, on still clips."""
-        data, held_out = self._samples("still"), self._samples("still_held_out")
+        data, held_out = (
+            still_samples(self._samples(name), STILL_FRAMES) for name in ("train", "held_out")
+        )
         config = self._config(
             "motion",
             self.profile.motion_steps,
             self.profile.joint_batch,
-            lr=1e-3,
-            motion=MotionConfig(rank=16),
+            lr=3e-3,
+            motion=MotionConfig(rank=64),
         )
         trainer = create_motion_trainer(
             config, self._file("joint/transformer"), null_text=null_text()
@@ -517,8 +513,8 @@ def _pass_through(vae: WanVAE | PatchVAE, pictures: np.ndarray) -> None:
         pictures[first : first + 16] = pixels.permute(0, 2, 3, 1).numpy()
 
 
-def _draw_shard(job: tuple[Path, Path, range, int, bool, bool]) -> Path:
-    path, out, numbers, seed, held_out, still = job
+def _draw_shard(job: tuple[Path, Path, range, int, bool]) -> Path:
+    path, out, numbers, seed, held_out = job
     torch.set_num_threads(1)
     samples = draw_samples(
         numbers,
@@ -526,8 +522,6 @@ def _draw_shard(job: tuple[Path, Path, range, int, bool, bool]) -> Path:
         load_image_encoder(out / "encoder"),
         seed=seed,
         held_out=held_out,
-        still=still,
-        sizes=STILL_SIZES if still else None,
         name=path.stem,
     )
     write_samples(path, samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,6 @@ SIZES: dict[ClipSize, float] = {
     ClipSize(5, 64, 96): 0.2,
     ClipSize(1, 128, 128, 4): 0.2,
 }
-STILL_SIZES: dict[ClipSize, float] = {ClipSize(5, 64, 64): 0.7, ClipSize(5, 96, 96): 0.3}
 
 
 @dataclass
@@ -121,8 +121,6 @@ def draw_samples(
     *,
     seed: int,
     held_out: bool = False,
-    still: bool = False,
-    sizes: dict[ClipSize, float] | None = None,
     name: str = "samples",
 ) -> TinySamples:
     """Draw styles, apply them to clips and references, and encode all.
@@ -133,11 +131,8 @@ def draw_samples(
         encoder: of the references.
         seed: of everything.
         held_out: draw from the styles and contents that are left out otherwise.
-        still: constant clips of one frame.
-        sizes: how many clips of which size a style is shown with.
         name: for the progress bar.
     """
-    sizes = sizes or SIZES
     latents: list[Tensor] = []
     controls: list[Tensor] = []
     captions: list[str] = []
@@ -157,9 +152,11 @@ def draw_samples(
         rng = np.random.default_rng([seed, int(held_out), number])
         style = draw_style(rng, held_out=held_out)
         pictures.append(_reference(rng, style, held_out))
-        for size, count in sizes.items():
+        for size, count in SIZES.items():
             for _ in range(int(count + rng.random())):
-                clip, caption = _clip(rng, size, held_out, still)
+                clip, caption = draw_clip(
+                    rng, size.num_frames, size.height, size.width, held_out=held_out
+                )
                 tile = gray_tile(clip, size.height, size.width, factor=size.tile)
                 tile_frames = ((tile.permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()
                 waiting.setdefault(size, []).append((len(latents), style.apply(clip), tile_frames))
@@ -196,19 +193,27 @@ def _reference(rng: np.random.Generator, style: StyleFilter, held_out: bool) -> 
     return style.apply(picture)[0]
 
 
-def _clip(
-    rng: np.random.Generator, size: ClipSize, held_out: bool, still: bool
-) -> tuple[np.ndarray, str]:
-    frames = 1 if still else size.num_frames
-    clip, caption = draw_clip(rng, frames, size.height, size.width, held_out=held_out)
-    return np.repeat(clip, size.num_frames // frames, 0), caption
-
-
 def _with_unknown_words(rng: np.random.Generator, caption: str) -> str:
     words = caption.split()
     unknown = rng.random(len(words)) < UNKNOWN_WORDS
     pairs = zip(words, unknown, strict=True)
     return " ".join(f"w{rng.integers(500)}" if is_unknown else word for word, is_unknown in pairs)
+
+
+def still_samples(samples: TinySamples, num_frames: int) -> TinySamples:
+    """The pictures among samples as clips without motion, of `num_frames` latent frames.
+
+    This VAE's latents of a constant clip are those of its picture again (4e-4 apart, where they
+    deviate by 0.5), so nothing needs to be encoded.
+    """
+    pictures = [i for i, size in enumerate(samples.sizes) if size[1] == 1]
+    return dataclasses.replace(
+        samples,
+        latents=[samples.latents[i].expand(-1, num_frames, -1, -1) for i in pictures],
+        controls=[samples.controls[i].expand(-1, num_frames, -1, -1) for i in pictures],
+        captions=[samples.captions[i] for i in pictures],
+        references=[samples.references[i] for i in pictures],
+    )
 
 
 def write_samples(path: Path, samples: TinySamples) -> None:
