@@ -124,7 +124,7 @@ class TextureSelector(io.ComfyNode):
                     min=0,
                     max=4096,
                     tooltip="How many patches to keep, in place of the drop rate; 0 takes the drop "
-                    "rate. The paper keeps 15.",
+                    "rate. Not used by mode all. The paper keeps 15.",
                 ),
                 io.Int.Input(
                     "selection_seed",

@@ -136,8 +136,8 @@ def select_textures(
             getattr(features, projector.global_embeds),
             prompt[0][0].float().cpu(),
             selection=mode,
-            drop_rate=None if keep else drop_rate,
-            keep=keep or None,
+            drop_rate=None if keep or mode == "all" else drop_rate,
+            keep=None if mode == "all" else keep or None,
             similarity=similarity,
             seed=seed,
         )

@@ -134,6 +134,11 @@ def load_style(path: str | Path) -> Style:
 
         kind = describe_kind(detect_kind(shapes_of(file.tensors)))
         raise WeightsError(f"{path} is no saved style, but {kind}; save one with encode-style")
+    if file.metadata.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path} is a style of the format {file.metadata.get('format')}, this version reads "
+            f"{FORMAT}; update the pack, or encode the style again"
+        )
     try:
         provenance = json.loads(file.metadata.get("provenance", "{}"))
     except json.JSONDecodeError as error:

@@ -118,6 +118,11 @@ def _num_kept(candidates: int, mode: str, drop_rate: float | None, keep: int | N
     if drop_rate is not None and keep is not None:
         raise ConfigError("give a drop rate or a number of patches to keep, not both")
     if mode == "all":
+        if drop_rate is not None or keep is not None:
+            raise ConfigError(
+                "texture selection 'all' keeps every patch; leave the drop rate and the number to "
+                "keep out, or choose another selection"
+            )
         return candidates
     if keep is None:
         rate = RELEASE_DROP_RATE if drop_rate is None else drop_rate

@@ -5,7 +5,13 @@ import torch
 
 from stylemaster_core import ConfigError, LayoutError, WeightsError
 from stylemaster_core.models.small import draw_weights
-from stylemaster_core.models.style_tokens import Style, blend_styles, load_style, save_style
+from stylemaster_core.models.style_tokens import (
+    FORMAT,
+    Style,
+    blend_styles,
+    load_style,
+    save_style,
+)
 from stylemaster_core.weights.files import write_state_dict
 from stylemaster_core.weights.shapes import AdapterSizes, expected_adapter_shapes
 
@@ -55,8 +61,16 @@ def test_other_files_are_refused_by_name(tmp_path):
     "tokens", [torch.ones(4, 6), torch.ones(2, 4, 6), torch.full((1, 4, 6), torch.nan)]
 )
 def test_damaged_tokens_in_a_file(tmp_path, tokens):
-    path = write_state_dict(tmp_path / "style.safetensors", {"style_tokens": tokens})
+    tensors, metadata = {"style_tokens": tokens}, {"format": FORMAT}
+    path = write_state_dict(tmp_path / "style.safetensors", tensors, metadata)
     with pytest.raises(WeightsError, match="no usable style"):
+        load_style(path)
+
+
+def test_styles_of_another_format_are_refused(tmp_path):
+    tensors, metadata = {"style_tokens": torch.ones(1, 4, 6)}, {"format": "stylemaster-style-9"}
+    path = write_state_dict(tmp_path / "style.safetensors", tensors, metadata)
+    with pytest.raises(WeightsError, match="stylemaster-style-9.*stylemaster-style-1"):
         load_style(path)
 
 
@@ -64,7 +78,7 @@ def test_damaged_provenance(tmp_path):
     path = write_state_dict(
         tmp_path / "style.safetensors",
         {"style_tokens": torch.ones(1, 4, 6)},
-        {"provenance": "{not json"},
+        {"format": FORMAT, "provenance": "{not json"},
     )
     with pytest.raises(WeightsError, match="provenance"):
         load_style(path)

@@ -147,6 +147,8 @@ def test_relevance_map_needs_a_square():
         ({"similarity": torch.ones(1, 17)}, LayoutError, "similarity must be"),
         ({"similarity": torch.ones(2, 16)}, LayoutError, "similarity must be"),
         ({"similarity": torch.full((2, 17), torch.nan)}, LayoutError, "NaN"),
+        ({"mode": "all", "drop_rate": 0.95}, ConfigError, "keeps every patch"),
+        ({"mode": "all", "keep": 3}, ConfigError, "keeps every patch"),
         ({"mode": "all", "similarity": torch.ones(2, 16)}, LayoutError, "similarity must be"),
     ],
 )
