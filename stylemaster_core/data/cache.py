@@ -61,7 +61,7 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         if manifest["kind"] != kind:
             raise ConfigError(f"{path} is a cache of {manifest['kind']}; expected one of {kind}")
         if not manifest["complete"]:
-            raise ConfigError(f"{path} is unfinished; run the same `stylemaster data encode` again")
+            raise ConfigError(f"{path} is unfinished; encode the same dataset again")
         self.hashes: dict[str, str] = manifest["hashes"]
         self.settings: dict[str, Any] = manifest["settings"]
         self.null_text = _read_null_text(self.path, manifest)
@@ -89,7 +89,7 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         if len(self.buckets) > 1 and not bucket:
             counts = ", ".join(f"{list(size)}: {len(own)}" for size, own in self.buckets.items())
             raise ConfigError(
-                f"{path} holds latents of mixed sizes ({counts} samples); encode with one --size, "
+                f"{path} holds latents of mixed sizes ({counts} samples); encode with one size, "
                 "or train in buckets"
             )
         self.shapes = {key: _common([each[key] for each in shapes]) for key in shapes[0]}
@@ -115,7 +115,7 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         if missing := [name for name in names if name not in self.shapes]:
             raise ConfigError(
                 f"the cache {self.path} holds {', '.join(self.shapes)}, and no "
-                f"{', '.join(missing)}; encode again (control_latents: with --tile)"
+                f"{', '.join(missing)}; encode again (control_latents: with gray tiles)"
             )
 
     def check_encoders(self, files: Mapping[str, Path]) -> None:
@@ -147,8 +147,7 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
                 self._files[shard] = safe_open(str(path), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ConfigError(
-                    f"the shard {path} cannot be read ({error}); `stylemaster data check` finds "
-                    "damaged shards, `data encode` makes them again"
+                    f"the shard {path} cannot be read ({error}); encode the same dataset again"
                 ) from error
         return self._files[shard]
 
@@ -159,17 +158,15 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         size = path.stat().st_size if path.is_file() else None
         if size != record["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
-            raise ConfigError(
-                f"the shard {path} {state}; run the same `stylemaster data encode` again"
-            )
+            raise ConfigError(f"the shard {path} {state}; encode the same dataset again")
 
     def _check_keys(self) -> None:
         counts = Counter(self._keys)
         if len(counts) > 1:
             said = ", ".join(f"{count} with {' '.join(keys)}" for keys, count in counts.items())
             raise ConfigError(
-                f"the samples of {self.path} hold different tensors ({said}); encode with --tile, "
-                "or without the samples that have no tile"
+                f"the samples of {self.path} hold different tensors ({said}); encode with gray "
+                "tiles, or without the samples that have no tile"
             )
 
 
@@ -198,7 +195,7 @@ def check_cache(folder: Path, on_shard: Callable[[int, int], None] | None = None
     manifest = read_manifest(folder)
     problems = []
     if not manifest["complete"]:
-        problems.append(f"{folder} is unfinished; run the same `stylemaster data encode` again")
+        problems.append(f"{folder} is unfinished; encode the same dataset again")
     if NULL_TEXT in manifest and (problem := null_text_problem(folder, manifest)):
         problems.append(problem)
     for number, record in enumerate(manifest["shards"], start=1):
@@ -216,9 +213,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ConfigError: if the folder holds none, or one of another format.
     """
     if not (folder / MANIFEST).is_file():
-        raise ConfigError(
-            f"{folder} holds no {MANIFEST}; make a cache with `stylemaster data encode`"
-        )
+        raise ConfigError(f"{folder} holds no {MANIFEST}; encode a dataset there")
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ConfigError(f"{folder / MANIFEST} is no manifest of the format {FORMAT}; encode anew")
@@ -248,10 +243,10 @@ def null_text_problem(folder: Path, manifest: Mapping[str, Any]) -> str | None:
     """Say what is wrong with the features of the empty prompt; None if they are as written."""
     path = null_text_path(folder)
     if not path.is_file():
-        return f"{path} is missing; run the same `stylemaster data encode` again"
+        return f"{path} is missing; encode the same dataset again"
     record = manifest.get(NULL_TEXT)
     if record is not None and sha256_of(path) != record["sha256"]:
-        return f"{path} is damaged (its SHA-256 differs); run the same `data encode` again"
+        return f"{path} is damaged (its SHA-256 differs); encode the same dataset again"
     return None
 
 

@@ -173,7 +173,7 @@ def _open_folder(folder: Path, plan: CachePlan[Any, Any], overwrite: bool) -> No
         if not overwrite:
             raise ConfigError(
                 f"{folder} holds a cache that differs: {'; '.join(problems)}. Give another folder, "
-                "or --overwrite to replace what differs"
+                "or ask for what differs to be overwritten"
             )
         keep = set()
         if all(

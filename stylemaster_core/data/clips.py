@@ -121,6 +121,6 @@ def _shortened(frames: np.ndarray, path: Path, config: ClipConfig) -> np.ndarray
     if config.short == "reject":
         raise LayoutError(
             f"{path} has {len(frames)} frames{rate}, {config.num_frames} are wanted; use longer "
-            "clips, fewer frames, or cut short ones down (--short trim)"
+            "clips, fewer frames, or trim short ones"
         )
     return frames[: (len(frames) - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1]

@@ -70,7 +70,7 @@ def open_pair_folder(
                 )
                 raise ConfigError(
                     f"{folder} holds pairs of other settings ({said}); give another folder, or "
-                    "--overwrite to replace them"
+                    "ask for them to be overwritten"
                 )
             if not differing:
                 return _finished(folder)
@@ -150,9 +150,7 @@ def read_pairs(folder: Path) -> list[Pair]:
         ConfigError: if it is no such folder, or no pair was kept.
     """
     if not (folder / RECORDS).is_file():
-        raise ConfigError(
-            f"{folder} holds no {RECORDS}; make pairs with `stylemaster data illusion`"
-        )
+        raise ConfigError(f"{folder} holds no {RECORDS}; make illusion pairs there")
     pairs: dict[int, Pair] = {}
     rejected = 0
     for record in read_jsonl(folder / RECORDS):

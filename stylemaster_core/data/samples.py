@@ -145,7 +145,7 @@ def _from_folder(folder: Path, caption: str | None) -> list[Sample]:
     if without:
         raise ConfigError(
             f"{folder}: {len(without)} files have no caption ({', '.join(without[:3])}, ...); put "
-            "a .txt file of the same name beside each, or give one caption for all with --caption"
+            "a .txt file of the same name beside each, or give one caption for all"
         )
     if not samples:
         raise ConfigError(f"{folder} holds no videos or pictures; the dataset is empty")

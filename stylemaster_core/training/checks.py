@@ -79,7 +79,7 @@ def check_resume(
     if checkpoint.trainer != config.trainer:
         raise WeightsError(
             f"the checkpoint is one of the trainer {checkpoint.trainer!r}, this is "
-            f"{config.trainer!r}; go on with that trainer, or choose another --out"
+            f"{config.trainer!r}; go on with that trainer, or choose another folder"
         )
     check_hashes(checkpoint.hashes, hashes, "what the run is to go on with")
     # Settings that came with a later version had their defaults.
@@ -94,7 +94,7 @@ def check_resume(
         said = ", ".join(f"{k} {after.get(k)!r} instead of {before.get(k)!r}" for k in differing)
         raise ConfigError(
             f"the run was begun with other settings ({said}); resume it with those, or start a new "
-            "run from its trained file in another --out"
+            "run from its trained file in another folder"
         )
     batches = [
         values["run.batch_size"] * values["run.accumulation"] * count
@@ -117,8 +117,8 @@ def check_disk(out: Path, needed: int) -> None:
     if free < needed:
         raise ConfigError(
             f"{out} has {free / 1e9:.2f} GB free, and the run may need {needed / 1e9:.2f} GB for "
-            "checkpoints and the trained file; make room, choose another --out, or lower "
-            "run.keep_checkpoints"
+            "checkpoints and the trained file; make room, choose another folder, or "
+            "lower run.keep_checkpoints"
         )
 
 

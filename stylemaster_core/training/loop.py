@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import BaseFileLock
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError, StyleMasterError, UnsupportedHostError
@@ -22,6 +23,7 @@ from .checks import check_data, check_disk, check_hashes, check_resume, check_tr
 from .config import config_to_dict
 from .ema import MovingAverage
 from .optimizer import create_optimizer, learning_rate
+from .run_lock import lock_run
 from .samples import (
     Batch,
     BatchPlan,
@@ -111,8 +113,7 @@ def train(
     folder = out / CHECKPOINTS
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
-            f"{out} holds the checkpoints of another run; resume it (--resume) or choose another "
-            "folder"
+            f"{out} holds the checkpoints of another run; resume it, or choose another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     check_disk(out, disk_bytes(trainer))
@@ -182,12 +183,15 @@ class _Loop:
         self.hashes = dict(data.hashes) | trainer.provenance
         self.is_main = self.accelerator.is_main_process
         self.progress = progress and self.is_main
+        self.lock: BaseFileLock | None = None
         self.stats: Stats | None = None
         self.samples_per_step = run.batch_size * run.accumulation * self.accelerator.num_processes
 
     def close(self) -> None:
         if self.stats is not None:
             self.stats.close()
+        if self.lock is not None:
+            self.lock.release()
         # The wrapped model holds on to the process group: left to be freed after it, a process can
         # hang for ever in the end (seen with gloo).
         del self.model, self.optimizer
@@ -226,7 +230,7 @@ class _Loop:
         if saved != step:
             self._save(step)
         if stopped and self.is_main:
-            logger.info("stopped as asked after step %d; --resume goes on from there", step)
+            logger.info("stopped as asked after step %d; a resume goes on from there", step)
         return TrainResult(step, not stopped, self._write_files())
 
     def _batches(self, plan: BatchPlan, start: int) -> Iterator[Batch]:
@@ -441,6 +445,7 @@ class _Loop:
     def _open_files(self, start: int) -> None:
         if not self.is_main:
             return
+        self.lock = lock_run(self.out)
         checkpoints.remove_leftovers(self.out / CHECKPOINTS)
         forget_after(self.out, start)
         config = json.dumps(config_to_dict(self.config), indent=2)

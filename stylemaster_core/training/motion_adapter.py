@@ -66,8 +66,7 @@ class MotionAdapterTrainer(FlowMatchTrainer):
         if shapes["latents"][1] < 2:
             raise LayoutError(
                 f"the motion adapter learns from still CLIPS, and these latents are "
-                f"{list(shapes['latents'])}, a single frame; make constant clips of the pictures "
-                "(`stylemaster data still`)"
+                f"{list(shapes['latents'])}, a single frame; make still clips of the pictures"
             )
 
     def blocks(self) -> Sequence[nn.Module]:

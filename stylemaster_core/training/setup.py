@@ -102,10 +102,10 @@ def create_trainer(
     unused = [key for key, path in given.items() if path is not None and key not in _USED[name]]
     if unused:
         raise ConfigError(
-            f"the trainer {name!r} has no use for --{unused[0].replace('_', '-')}; leave it out"
+            f"the trainer {name!r} has no use for {unused[0].replace('_', ' ')}; leave it out"
         )
     if files.base is None and name not in ("global-projection", "base"):
-        raise WeightsError(f"the trainer {name!r} needs a base transformer; give it with --base")
+        raise WeightsError(f"the trainer {name!r} needs a base transformer; give one")
     if len(data) == 0:
         raise ConfigError("the dataset is empty; add samples, or look at what was skipped and why")
     provenance = {f"data_{model}_sha256": value for model, value in data.hashes.items()}
@@ -159,8 +159,7 @@ def _create(
         adapter, lora = weights["adapter"], weights["motion_adapter"]
         if adapter is None:
             raise WeightsError(
-                "the trainer 'stylecrafter-video' needs the adapter of the first stage; give it "
-                "with --adapter"
+                "the trainer 'stylecrafter-video' needs the adapter of the first stage; give it"
             )
         return create_stylecrafter_video_trainer(config, base, adapter, lora=lora, **more)
     if config.trainer == "motion":
@@ -189,7 +188,7 @@ def _read(
     kind = detect_kind(shapes_of(tensors))
     if kind not in kinds:
         raise WeightsError(
-            f"--{key.replace('_', '-')}: {path} is {describe_kind(kind)}; a file of another kind "
+            f"{key.replace('_', ' ')}: {path} is {describe_kind(kind)}; a file of another kind "
             "is needed here"
         )
     base, adapter = split_release(tensors)
@@ -199,8 +198,8 @@ def _read(
     if key == "adapter":
         if not any("_img." in name for name in adapter):
             raise WeightsError(
-                f"--adapter: {path} holds no k_img and v_img; if the trainer of the global "
-                "projection wrote it, give it with --global-projection"
+                f"adapter: {path} holds no k_img and v_img; if the trainer of the global "
+                "projection wrote it, give it as that"
             )
         return adapter, metadata
     return tensors, metadata

@@ -69,7 +69,7 @@ def load_contrastive(state_dict: StateDict) -> ContrastiveProjection:
     if set(weights) != {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}:
         raise WeightsError(
             f"no contrastive projection among {sorted(state_dict)[:3]}; use a file that "
-            "`stylemaster train global-projection` wrote"
+            "the trainer of the global projection wrote"
         )
     hidden, width = weights["fc1.weight"].shape
     module = ContrastiveProjection(width, hidden)

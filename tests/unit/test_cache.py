@@ -224,7 +224,7 @@ def test_written_and_read(counted, tmp_path):
     assert data.hashes == {"vae": "aa", "text_encoder": "bb"}
     assert data.shapes == {"latents": (16, 1, 2, 4), "text": (None, 8)}
     data.require("latents", "text")
-    with pytest.raises(ConfigError, match="no control_latents.*--tile"):
+    with pytest.raises(ConfigError, match="no control_latents.*with gray tiles"):
         data.require("latents", "control_latents")
     for i in (9, 0, 5):
         for key, value in counted.encode(i, i).items():

@@ -113,6 +113,6 @@ def test_bad_sources(tmp_path, media):
     with pytest.raises(ConfigError, match="line 1"):
         read_samples(tmp_path / "t.jsonl")
     (media / "clip_2.txt").unlink()
-    with pytest.raises(ConfigError, match=r"clip_2.mp4.*--caption"):
+    with pytest.raises(ConfigError, match=r"clip_2.mp4.*one caption for all"):
         read_samples(media)
     assert read_samples(media, caption="anything")[0].caption == "anything"

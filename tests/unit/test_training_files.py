@@ -1,12 +1,16 @@
 """Configs, trained files, the command line on a cache, and the dry run."""
 
 import argparse
+import ast
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import stylemaster_core
 from stylemaster_core import (
     load_gray_tile_controlnet,
     load_motion_adapter,
@@ -19,7 +23,7 @@ from stylemaster_core.data.cache_writer import CachePlan, Entry, write_cache
 from stylemaster_core.errors import ConfigError, StyleMasterError, WeightsError
 from stylemaster_core.models.small import draw_weights, write_small_models
 from stylemaster_core.pipelines.models import ModelFiles, Models
-from stylemaster_core.training import setup
+from stylemaster_core.training import run_lock, setup
 from stylemaster_core.training.base_model import create_base_trainer, new_base_weights
 from stylemaster_core.training.config import (
     PRESETS,
@@ -455,7 +459,7 @@ def test_train_both_stages_of_stylecrafter(small, cache, tmp_path, capsys):
     content = read_state_dict(lora)
     assert content.metadata["format"] == "stylecrafter-video-lora-1"
     assert content.metadata["adapter_sha256"] and len(content.tensors) == 4 * 4 * 2
-    with pytest.raises(WeightsError, match="--adapter: .* StyleCrafter adapter for Wan"):
+    with pytest.raises(WeightsError, match="adapter: .* StyleCrafter adapter for Wan"):
         command("style", *common, *UNDROPPED, "--adapter", adapter, "--out", tmp_path / "third")
     with pytest.raises(WeightsError, match="needs the adapter of the first stage"):
         command(*two[:-8], "--out", tmp_path / "third")
@@ -488,15 +492,42 @@ def test_files_and_configs_of_another_kind(small, cache, pairs, tmp_path):
             command(*arguments)
         assert not (tmp_path / "run").exists()
 
-    fails(WeightsError, "--adapter: .* gray-tile", *style, "--adapter", small.controlnet)
+    fails(WeightsError, "adapter: .* gray-tile", *style, "--adapter", small.controlnet)
     fails(WeightsError, "does not exist", *style, "--adapter", tmp_path / "no.safetensors")
-    fails(ConfigError, "no use for --controlnet", *style, "--controlnet", small.controlnet)
+    fails(ConfigError, "no use for controlnet", *style, "--controlnet", small.controlnet)
     fails(ConfigError, "config for the trainer 'motion'", "style", "motion", *style[1:])
     fails(ConfigError, "made with another vae", *style, "--vae", small.vae)
     fails(ConfigError, "expected one of samples", *style[:1], "--data", pairs, *style[3:])
     fails(ConfigError, "expected one of pairs", "global-projection", "--data", cache, *common)
     with pytest.raises(StyleMasterError, match="no finished cache|manifest|no cache"):
         command(*style[:1], "--data", tmp_path, *style[3:])
+
+
+@pytest.mark.parametrize("package", ["data", "training"])
+def test_only_the_command_line_names_its_options(package):
+    """What these packages say is read by users of the nodes, too, which have inputs instead."""
+    said = []
+    for path in (Path(stylemaster_core.__file__).parent / package).glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts = (n for n in nodes if isinstance(n, ast.Constant) and id(n) not in docstrings)
+        said += [(path.name, text.value) for text in texts if isinstance(text.value, str)]
+    assert len(said) > 100
+    option = re.compile(r"(?<!install )--[a-z]|stylemaster (data|train)")
+    named = [words for words in said if option.search(words[1])]
+    assert not named
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "LOOK_S", 0.1)
+    assert not run_lock.is_running(tmp_path / "none")
+    for _ in range(2):
+        lock = run_lock.lock_run(tmp_path)
+        assert run_lock.is_running(tmp_path)
+        with pytest.raises(ConfigError, match="another process is training in"):
+            run_lock.lock_run(tmp_path)
+        lock.release()
+        assert not run_lock.is_running(tmp_path)
 
 
 def test_describe_says_what_does_not_fit(cache):
