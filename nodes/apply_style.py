@@ -27,6 +27,7 @@ from .sockets import (
     StyleAdapterSocket,
     StyleCrafterAdapter,
     StyleSocket,
+    range_inputs,
     schema,
 )
 from .wan_patches import patch_style
@@ -63,21 +64,9 @@ class ApplyStyle(io.ComfyNode):
                     tooltip="Strength of the style attention; 1 as trained, 0 is the base model. "
                     "The style cfg of the sampler is the usual way to more or less style.",
                 ),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the sampling at which the style begins to act.",
-                ),
-                io.Float.Input(
-                    "end",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the sampling at which the style ends.",
+                *range_inputs(
+                    "Part of the sampling at which the style begins to act.",
+                    "Part of the sampling at which the style ends.",
                 ),
                 io.Combo.Input(
                     "blocks",

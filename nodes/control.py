@@ -15,7 +15,7 @@ from .layouts import Latent, image_to_frames, latent_padding, latent_video_size,
 from .loaders import read_kind
 from .native_wan import load_native_controlnet
 from .paths import ADAPTERS, check_named, model_file, named_fingerprint, names_or_link
-from .sockets import ControlNetSocket, schema
+from .sockets import ControlNetSocket, range_inputs, schema
 from .wan_patches import patch_control
 
 
@@ -98,22 +98,10 @@ class GrayTileControl(io.ComfyNode):
                     step=0.05,
                     tooltip="Strength of the control; 0 switches it off.",
                 ),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the sampling at which the control begins.",
-                ),
-                io.Float.Input(
-                    "end",
-                    default=0.7,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the sampling at which it ends; the rest is free. Release: "
-                    "0.7.",
+                *range_inputs(
+                    "Part of the sampling at which the control begins.",
+                    "Part of the sampling at which it ends; the rest is free. Release: 0.7.",
+                    end=0.7,
                 ),
                 io.Conditioning.Input(
                     "styled",

@@ -40,6 +40,7 @@ from .sockets import (
     StyleAdapter,
     StyleAdapterSocket,
     StyleCrafterAdapter,
+    range_inputs,
     schema,
 )
 
@@ -192,21 +193,9 @@ class MotionAdapterLoader(io.ComfyNode):
                     tooltip="1 is the still videos of the training, 0 the base model; below 0 the "
                     "video moves more. The paper chose -0.3.",
                 ),
-                io.Float.Input(
-                    "start",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the sampling at which it begins to act.",
-                ),
-                io.Float.Input(
-                    "end",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the sampling at which it ends. From 0 to 1 it is merged into "
+                *range_inputs(
+                    "Part of the sampling at which it begins to act.",
+                    "Part of the sampling at which it ends. From 0 to 1 it is merged into "
                     "the weights like any LoRA; a shorter range adds it while sampling, a little "
                     "slower.",
                 ),

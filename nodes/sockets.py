@@ -67,6 +67,14 @@ class StyleFeatures:
     shuffle_seed: int
 
 
+def range_inputs(begins: str, ends: str, *, end: float = 1.0) -> list[io.Float.Input]:
+    """Inputs `start` and `end` for a part of the sampling, with their tooltips."""
+    return [
+        io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+        for name, default, tooltip in (("start", 0.0, begins), ("end", end, ends))
+    ]
+
+
 def schema(*, search_aliases: list[str], **fields: Any) -> io.Schema:
     """A node's schema; aliases for the search are left out where ComfyUI does not know them yet."""
     known = {field.name for field in dataclasses.fields(io.Schema)}
