@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, WeightsError
+from ..errors import ConfigError, UnsupportedHostError, WeightsError
 
 TRAINERS = {
     "global-projection": "the MLP on CLIP's image embedding, on illusion pairs",
@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if path is not None and not path.exists():
             raise WeightsError(f"--{option.replace('_', '-')}: {path} does not exist")
     _quiet_other_processes()
+    _check_launch(args.cpu)
     data = _open(args.data, args.trainer)
     validation = None if args.validation_data is None else _open(args.validation_data, args.trainer)
     encoders = {"vae": args.vae, "text_encoder": args.text_encoder}
@@ -178,6 +179,30 @@ def _num_processes() -> int:
     import os
 
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_launch(cpu: bool) -> None:
+    """Refuse what accelerate would quietly do in another way than its config says.
+
+    Raises:
+        UnsupportedHostError: if it would not spread the weights, or lets every process train alone.
+    """
+    import os
+
+    from accelerate import PartialState
+
+    spreads = any(os.environ.get(f"ACCELERATE_USE_{k}") == "true" for k in ("FSDP", "DEEPSPEED"))
+    if spreads and cpu:
+        raise UnsupportedHostError(
+            "accelerate spreads weights (FSDP, DeepSpeed) over GPUs alone; leave out --cpu, or use "
+            "a config of plain data parallelism"
+        )
+    wanted = _num_processes()
+    if wanted > 1 and PartialState(cpu=cpu).num_processes != wanted:
+        raise UnsupportedHostError(
+            f"{wanted} processes were started, and accelerate finds no GPUs for them; give --cpu, "
+            "or start one process"
+        )
 
 
 def _quiet_other_processes() -> None:

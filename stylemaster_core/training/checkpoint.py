@@ -79,11 +79,12 @@ def write_checkpoint(
     part = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
     part.mkdir()
     try:
+        tensors, plain = _split(checkpoint.optimizer)
         if shards is not None:
             os.rename(shards, part / SHARDED)
-        tensors, plain = _split(checkpoint.optimizer)
-        write_state_dict(part / "weights.safetensors", checkpoint.weights)
-        write_state_dict(part / "optimizer.safetensors", tensors)
+        else:
+            write_state_dict(part / "weights.safetensors", checkpoint.weights)
+            write_state_dict(part / "optimizer.safetensors", tensors)
         if checkpoint.average is not None:
             write_state_dict(part / "average.safetensors", checkpoint.average)
         _write_json(part / "config.json", checkpoint.config)
@@ -181,38 +182,62 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise WeightsError(f"{path} is no readable checkpoint: {error}; use another") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise WeightsError(f"{path} is no checkpoint of this version ({FORMAT}); use another")
-    average = path / "average.safetensors"
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        return read_state_dict(path / f"{name}.safetensors").tensors
+
+    sharded = is_sharded(path)
     return Checkpoint(
         step=state["step"],
         trainer=state["trainer"],
         config=config,
         hashes=state["hashes"],
         num_processes=state["num_processes"],
-        weights=read_state_dict(path / "weights.safetensors").tensors,
-        optimizer=_join(read_state_dict(path / "optimizer.safetensors").tensors, state),
-        average=read_state_dict(average).tensors if average.is_file() else None,
+        weights={} if sharded else tensors("weights"),
+        optimizer={} if sharded else _join(tensors("optimizer"), state),
+        average=tensors("average") if (path / "average.safetensors").is_file() else None,
     )
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether the weights of a checkpoint are in accelerate's own files."""
+    return (path / SHARDED).is_dir()
 
 
 def _split(optimizer: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state as tensors by name and plain JSON values."""
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {"state": {}, "param_groups": optimizer.get("param_groups", [])}
-    for index, values in optimizer.get("state", {}).items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value
-            else:
-                plain["state"].setdefault(str(index), {})[key] = value
-    return tensors, plain
+    plain: dict[str, Any] = {}
+    _part(optimizer.get("state", {}), (), tensors, plain)
+    return tensors, {"state": plain, "param_groups": optimizer.get("param_groups", [])}
+
+
+def _part(
+    values: Mapping[Any, Any],
+    path: tuple[str, ...],
+    tensors: dict[str, Tensor],
+    plain: dict[str, Any],
+) -> None:
+    """Part tensors and plain values; 8-bit states are one level deeper than others."""
+    for key, value in values.items():
+        own = (*path, str(key))
+        if isinstance(value, Tensor):
+            tensors[".".join(own)] = value
+        elif isinstance(value, dict):
+            _part(value, own, tensors, plain.setdefault(own[-1], {}))
+        else:
+            plain[own[-1]] = value
 
 
 def _join(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
     plain = state["optimizer"]
-    joined: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in plain["state"].items()}
+    joined: dict[int, dict[str, Any]] = {int(i): v for i, v in plain["state"].items()}
     for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        joined.setdefault(int(index), {})[key] = value
+        index, *path, key = name.split(".")
+        place = joined.setdefault(int(index), {})
+        for part in path:
+            place = place.setdefault(part, {})
+        place[key] = value
     return {"state": joined, "param_groups": plain["param_groups"]}
 
 

@@ -89,6 +89,7 @@ class FlowMatchTrainer(Trainer):
     Subclasses say how the velocity is predicted (`velocity`) and what is written (`outputs`).
     """
 
+    _no_split_modules = ["StyledWanBlock"]  # what FSDP gathers at a time, by accelerate's default
     sigmas: Tensor
     timesteps: Tensor
     weights: Tensor

@@ -16,7 +16,7 @@ import torch
 from filelock import BaseFileLock
 from torch import Tensor
 
-from ..errors import ConfigError, LayoutError, StyleMasterError, UnsupportedHostError
+from ..errors import ConfigError, LayoutError, StyleMasterError
 from ..weights.files import write_state_dict
 from . import checkpoint as checkpoints
 from .checks import check_data, check_disk, check_hashes, check_resume, check_trained, disk_bytes
@@ -36,6 +36,7 @@ from .samples import (
     group_by_size,
     split_validation,
 )
+from .sharding import gather_for_methods, prepare_sharding
 from .stats import Stats, forget_after
 from .stop import StopRequest
 from .trainer import Trainer
@@ -153,29 +154,13 @@ class _Loop:
             # All buffers are constants, and validation runs different counts on each process.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        kind = str(self.accelerator.distributed_type.value).upper()
-        self.sharded = kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-        if self.sharded and (optimizer.ema_decay or run.sample_every):
-            raise UnsupportedHostError(
-                f"with {kind} the weights are spread over processes, and neither their moving "
-                "average nor sample pictures work; set optimizer.ema_decay=0 and "
-                "run.sample_every=0, or use plain data parallelism"
-            )
-        state: Any = self.accelerator.state
-        if kind == "DEEPSPEED":
-            settings = state.deepspeed_plugin.deepspeed_config
-            settings["train_micro_batch_size_per_gpu"] = run.batch_size
-        if (kind == "FSDP" and state.fsdp_plugin.fsdp_version != 2) or (
-            kind == "DEEPSPEED" and state.deepspeed_plugin.zero_stage == 3
-        ):
-            raise UnsupportedHostError(
-                f"this kind of {kind} leaves no tensor whole to write; use FSDP with "
-                "fsdp_version: 2, DeepSpeed ZeRO 1 or 2, or plain data parallelism"
-            )
+        self.sharded = prepare_sharding(self.accelerator, self.config)
         self.trainer, self.data, self.validation = trainer, data, validation
         self.out, self.stop, self.decode = out, stop, decode
         created = create_optimizer(trainer.trained().values(), optimizer)
         self.model, self.optimizer = self.accelerator.prepare(trainer, created)
+        if self.sharded:
+            gather_for_methods(self.model)
         self.parameters = trainer.trained()
         self.average: MovingAverage | None = None
         if optimizer.ema_decay:
@@ -393,6 +378,12 @@ class _Loop:
             return 0
         found = checkpoints.read_checkpoint(path)
         check_resume(found, self.config, self.hashes, self.accelerator.num_processes)
+        if self.sharded != checkpoints.is_sharded(path):
+            raise ConfigError(
+                f"{path.name} {'is whole' if self.sharded else 'is spread over processes'}, and "
+                "this run would hold its weights in another way; resume it as it was begun, with "
+                "the same accelerate config"
+            )
         if self.sharded:
             self.accelerator.load_state(str(path / checkpoints.SHARDED))
             return found.step

@@ -397,14 +397,48 @@ def test_learning_rates():
     assert rates(schedule="cosine", final_share=0.2) == [0.5, 1.0, 1.0, 0.6, 0.2]
 
 
-def test_eight_bits_without_bitsandbytes_is_a_clear_error():
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(StyleMasterError, match="bitsandbytes"):
-            create_optimizer([torch.nn.Parameter(torch.zeros(2))], OptimizerConfig("adamw8bit"))
-    else:
-        pytest.skip("bitsandbytes is installed")
+def test_eight_bits_without_bitsandbytes_is_a_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(StyleMasterError, match="bitsandbytes"):
+        create_optimizer([torch.nn.Parameter(torch.zeros(2))], OptimizerConfig("adamw8bit"))
+
+
+def test_eight_bits_learn_resume_and_stay_near_32(tmp_path):
+    """On the CPU, with the real library: the losses of both are within 1 %."""
+    pytest.importorskip("bitsandbytes", "0.50", reason="install stylemaster[scale] to run it")
+    # Tensors of fewer than 4096 numbers keep 32 bits.
+    world = SyntheticWorld(text_width=48)
+    sizes = dataclasses.replace(SIZES, width=128, text_width=48)
+    base = {k: v.float() for k, v in draw_weights(expected_base_shapes(sizes), 0).items()}
+    features = {key: tuple(value.shape) for key, value in world.sample(0).items()}
+
+    def run(name, folder, resume=False, **options):
+        optimizer = OptimizerConfig(name, lr=1e-2)
+        config = dataclasses.replace(with_run(**options), optimizer=optimizer)
+        trainer = create_style_trainer(
+            config, base, features, num_heads=2, null_text=world.null_text
+        )
+        train(trainer, world.dataset(12), tmp_path / folder, resume=resume)
+
+    for name in ("adamw", "adamw8bit"):
+        run(name, name, num_steps=30)
+    run("adamw8bit", "part", num_steps=15)
+    run("adamw8bit", "part", num_steps=30, resume=True)
+    losses = {
+        folder: [line["validation_loss"] for line in read_stats(tmp_path / folder)
+                 if "validation_loss" in line]
+        for folder in ("adamw", "adamw8bit", "part")
+    }  # fmt: skip
+    assert losses["adamw8bit"][-1] < 0.9 * losses["adamw8bit"][0]
+    assert losses["adamw8bit"] == pytest.approx(losses["adamw"], rel=1e-2)
+    assert losses["adamw8bit"] != losses["adamw"]
+    last, resumed = (
+        checkpoints.read_checkpoint(checkpoints.latest_checkpoint(tmp_path / n / "checkpoints"))
+        for n in ("adamw8bit", "part")
+    )
+    assert all(torch.equal(last.weights[k], resumed.weights[k]) for k in last.weights)
+    states = [s["__bnb_optimizer_quant_state__"] for s in last.optimizer["state"].values()]
+    assert sum(s["state1"].dtype == s["state2"].dtype == torch.uint8 for s in states) >= 4
 
 
 # ---- errors ----

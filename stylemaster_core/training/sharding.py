@@ -1,0 +1,53 @@
+"""Weights that are spread over processes: FSDP and DeepSpeed, as accelerate's own config asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedHostError
+from .config import TrainConfig
+
+
+def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
+    """Whether the weights are to be spread over processes, so that each holds a part alone.
+
+    FSDP has been run and is tested on CPUs with two processes; DeepSpeed has never been run.
+
+    Raises:
+        UnsupportedHostError: for what cannot work then.
+    """
+    kind, run = str(accelerator.distributed_type.value).upper(), config.run
+    if kind not in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        return False
+    if config.optimizer.ema_decay or run.sample_every:
+        raise UnsupportedHostError(
+            f"with {kind} the weights are spread over processes, and neither their moving average "
+            "nor sample pictures work; set optimizer.ema_decay=0 and run.sample_every=0, or use "
+            "plain data parallelism"
+        )
+    state = accelerator.state
+    if kind == "DEEPSPEED":
+        settings = state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = run.batch_size
+    if (kind == "FSDP" and state.fsdp_plugin.fsdp_version != 2) or (
+        kind == "DEEPSPEED" and state.deepspeed_plugin.zero_stage == 3
+    ):
+        raise UnsupportedHostError(
+            f"this kind of {kind} leaves no tensor whole to write; use FSDP with fsdp_version: 2, "
+            "DeepSpeed ZeRO 1 or 2, or plain data parallelism"
+        )
+    return True
+
+
+def gather_for_methods(model: nn.Module) -> None:
+    """Let FSDP gather a block's weights for its text keys and values, too.
+
+    It does so for `forward` alone, and they are made before the first block runs.
+    """
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and hasattr(module, "text_keys_values"):
+            register_fsdp_forward_method(module, "text_keys_values")
