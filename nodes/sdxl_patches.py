@@ -54,9 +54,10 @@ def patch_layers(model: ModelPatcher, adapter: StyleCrafterAdapter) -> ModelPatc
     base = model.model
     unet = raw(base.diffusion_model)
     if not isinstance(base, comfy.model_base.SDXL) or not isinstance(unet, UNetModel):
+        found = f"{type(base.model_config).__name__} ({type(unet).__name__})"
         raise UnsupportedHostError(
-            f"this MODEL is {type(base).__name__} ({type(unet).__name__}), the adapter is "
-            "StyleCrafter's for SDXL; load an SDXL checkpoint (sd_xl_base_1.0 or one made from it)"
+            f"this MODEL is {found}, the adapter is StyleCrafter's for SDXL; load an SDXL "
+            "checkpoint (sd_xl_base_1.0 or one made from it)"
         )
     layers = [layer for _, layer in cross_attentions(unet)]
     found = [layer.to_q.out_features for layer in layers]

@@ -165,8 +165,8 @@ def predicted_gains(adapter: StyleCrafterAdapter, text: Tensor, tokens: Tensor) 
     """
     if isinstance(adapter.layers, StyleCrafterSdxl):
         text = text[:, :MAX_TEXT_TOKENS]
-    encoder = copy.deepcopy(adapter.encoder).float()
-    return encoder.gains(text.float().cpu(), tokens.float().cpu())
+    predictor = copy.deepcopy(adapter.encoder.scale_predictor).float()
+    return predictor.gains(text.float().cpu(), tokens.float().cpu())
 
 
 def layer_conditionings(

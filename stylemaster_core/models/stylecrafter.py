@@ -81,6 +81,10 @@ class ScalePredictor(nn.Module):
             padding = ((place >= ends) & (place < longest)).expand(batch, -1)
         return self.out_proj(self.scale_predictor(features, padding)).tanh().squeeze(-1)
 
+    def gains(self, text: Tensor, style_tokens: Tensor) -> Tensor:
+        """1 + the numbers: the gains of the layers."""
+        return 1 + self(text, style_tokens)
+
     def _check(self, text: Tensor, style_tokens: Tensor) -> None:
         for name, value, linear in (
             ("text features", text, self.text_proj),
@@ -142,7 +146,7 @@ class StyleCrafterEncoder(nn.Module):
             text: [B or 1, L, Dt] features of the positive prompt, whichever branch is computed.
             style_tokens: [B or 1, S, Ds].
         """
-        return 1 + self.scale_predictor(text, style_tokens)
+        return self.scale_predictor.gains(text, style_tokens)
 
     @property
     def num_scales(self) -> int:

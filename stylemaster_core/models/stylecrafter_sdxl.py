@@ -6,6 +6,7 @@ of the middle block (SDXL: 24 + 36 + 10). Hosts call `style_residual` with a lay
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -104,7 +105,7 @@ class StyleCrafterSdxl(nn.Module):
             LayerKV(
                 F.linear(tokens, layer.to_k_style.weight.float()),
                 F.linear(tokens, layer.to_v_style.weight.float()),
-                layer.norm_style,
+                copy.deepcopy(layer.norm_style).float(),  # so that nothing of the adapter is held
             )
             for layer in self.layers
             if isinstance(layer, StyleLayer)

@@ -18,6 +18,7 @@ from ..errors import ConfigError, WeightsError
 from ..models.decoupled_attention import StyleRegion
 from ..models.image_encoder import load_image_encoder
 from ..models.style_tokens import Style
+from ..models.stylecrafter import is_encoder_key
 from ..models.stylecrafter_sdxl import LayerKV, StyleCrafterSdxl, load_stylecrafter_sdxl
 from ..sampling.denoise_image import ImageText, denoise_image
 from ..weights.state_dict import describe_kind, detect_kind, shapes_of, strip_prefix
@@ -46,7 +47,7 @@ class PreparedStyle(NamedTuple):
 
 
 def load_adapter(path: Path) -> StyleCrafterSdxl:
-    """Read a StyleCrafter adapter for SDXL, float32, into main memory.
+    """Read a StyleCrafter adapter for SDXL; its encoder as float32, its projections as stored.
 
     Raises:
         WeightsError: if the file is of another kind, damaged or incomplete.
@@ -61,8 +62,9 @@ def load_adapter(path: Path) -> StyleCrafterSdxl:
             f"{path} is {describe_kind(kind)}; expected StyleCrafter's adapter for SDXL "
             "(stylecrafter_sdxl.safetensors, which `stylemaster weights convert` makes)"
         )
-    floats = {key: value.float() for key, value in tensors.items()}
-    return load_stylecrafter_sdxl(floats, content.metadata)
+    # Projections stay mapped from the file, and are widened one by one when they are used.
+    weights = {k: v.float() if is_encoder_key(k) else v for k, v in tensors.items()}
+    return load_stylecrafter_sdxl(weights, content.metadata)
 
 
 def load_sdxl(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:

@@ -162,6 +162,12 @@ def test_styles_act_through_apply_style(nodes):
         assert nodes[change] > 0.05, change
 
 
+def test_projections_are_let_go(nodes):
+    """Only keys, values and norms stay, none of them a view of the adapter's file."""
+    assert nodes["freed"]
+    assert nodes["kept_layers"] == 11 and nodes["views"] == 0
+
+
 def test_scales_are_shown(nodes):
     assert nodes["shown"] == [1, 320, 768, 3]
     assert nodes["long_prompt"] and not nodes["same_scales"]
@@ -171,6 +177,8 @@ def test_scales_are_shown(nodes):
     ("name", "error", "said"),
     [
         ("wan", "UnsupportedHostError", ["WAN21", "load an SDXL checkpoint"]),
+        ("sd15", "UnsupportedHostError", ["SD15", "load an SDXL checkpoint"]),
+        ("flux", "UnsupportedHostError", ["Flux", "load an SDXL checkpoint"]),
         ("stylemaster", "UnsupportedHostError", ["SDXL", "load wan2.1_t2v_1.3B"]),
         ("vision", "LayoutError", ["[1, 257, 48]", "CLIP ViT-H/14"]),
         ("style", "LayoutError", ["[1, 16, 8]", "encode the style with the adapter"]),

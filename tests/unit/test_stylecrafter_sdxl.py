@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -82,7 +83,11 @@ def test_convert_and_load(small, converted, caplog):
     with caplog.at_level(logging.WARNING, "stylemaster"):
         adapter = load_adapter(converted)
     assert LICENCE_NOTE in caplog.text and "research" in LICENCE_NOTE
-    assert all(torch.equal(v, source[k].float()) for k, v in adapter.release_state_dict().items())
+    weights = adapter.release_state_dict()
+    assert all(torch.equal(v.float(), source[k].float()) for k, v in weights.items())
+    stored = {layer.to_k_style.weight.dtype for layer in adapter.layers}
+    assert stored == {source["kv_attn_layers.1.to_k_style.weight"].dtype}  # not widened
+    assert adapter.encoder.image_context_model.queries.dtype == torch.float32
 
 
 def test_convert_refuses_a_part(small, tmp_path):
@@ -185,9 +190,14 @@ def test_of_a_long_prompt_the_first_77_tokens_count(adapter, styles):
 def test_projections_are_freed(adapter, styles):
     before = sum(p.numel() for p in adapter.parameters())
     projections = sum(p.numel() for p in adapter.layers.parameters())
+    alive = weakref.ref(adapter.layers[0])
     prepared = prepare_styles(adapter, [StyleRegion(styles[0])])
     assert sum(p.numel() for p in adapter.parameters()) == before - projections
     assert len(prepared[0].keys_values) == 11
+    assert alive() is None
+    for kept in prepared[0].keys_values:
+        for tensor in (kept.keys, kept.values, *kept.norm.parameters()):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes  # no view of the file
     with pytest.raises(WeightsError, match="freed"):
         adapter.keys_values(styles[0])
 

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import comfy.ldm.flux.model as flux
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
@@ -36,6 +38,45 @@ CONFIG: dict[str, Any] = {
     "adm_in_channels": 64,
     "legacy": False,
 }
+# What ComfyUI reads off other checkpoints.
+SD15: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1] * 9 + [0] * 3,
+    "transformer_depth_middle": 1,
+    "num_heads": 8,
+    "context_dim": 768,
+    "adm_in_channels": None,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "legacy": False,
+}
+FLUX: dict[str, Any] = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": True,
+}
+if "txt_ids_dims" in flux.FluxParams.__annotations__:
+    FLUX["txt_ids_dims"] = []
 tensors = load_file(FILE)
 meta = json.loads(FILE.with_suffix(".json").read_text())
 
@@ -55,6 +96,17 @@ def load_model(**changes: Any) -> comfy.model_patcher.ModelPatcher:
     weights = {names[k]: v for k, v in under("unet.").items()}
     if not changes:
         model.diffusion_model.load_state_dict(weights)
+    return _patcher(model)
+
+
+def other_model(detected: dict[str, Any]) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL that ComfyUI makes of a checkpoint with these sizes, without memory for weights."""
+    config = comfy.model_detection.model_config_from_unet_config(dict(detected))
+    config.set_inference_dtype(torch.float32, None)
+    return _patcher(config.get_model({}, "", device=torch.device("meta")))
+
+
+def _patcher(model: Any) -> comfy.model_patcher.ModelPatcher:
     return comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

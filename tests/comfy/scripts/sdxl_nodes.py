@@ -1,6 +1,8 @@
 """The nodes with a StyleCrafter adapter, one after another as a workflow runs them."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,18 @@ facts["shown"] = list(shown.shape)
 facts["long_prompt"] = bool(torch.equal(shown, again))
 facts["same_scales"] = bool(torch.equal(shown, scales.ShowScales.execute(adapter, second, long)[0]))
 
+# What MODEL and conditionings keep of an adapter.
+once = loaders.LoadAdapter.execute("stylecrafter_small.safetensors")[0]
+kept = applied(adapter=once)
+alive = weakref.ref(once.layers)
+del once
+gc.collect()
+facts["freed"] = alive() is None
+condition = kept[1][0][1]["model_conds"]["stylecrafter_layers"].cond[0][0]
+tensors = [x for kv in condition.styles[0].keys_values for x in (*kv[:2], *kv.norm.parameters())]
+facts["kept_layers"] = len(condition.styles[0].keys_values)
+facts["views"] = sum(x.untyped_storage().nbytes() - x.nbytes for x in tensors)
+
 sockets = wan.pack("nodes.sockets")
 attention = wan.adapter(wan.golden("weights_dit_a"))
 stylemaster = sockets.StyleAdapter("small.safetensors", None, attention)
@@ -119,6 +133,8 @@ narrow = wan.pack("stylemaster_core.models.style_tokens").Style(first.tokens[...
 three = torch.ones(3, 4, 4)
 errors = {
     "wan": lambda: applied(model=other),
+    "sd15": lambda: applied(model=sdxl.other_model(sdxl.SD15)),
+    "flux": lambda: applied(model=sdxl.other_model(sdxl.FLUX)),
     "stylemaster": lambda: applied(adapter=stylemaster),
     "vision": lambda: encoded(features(small_vision, image)),
     "style": lambda: applied(style=narrow),
