@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from .checks import check_data, check_disk, check_hashes, check_resume, check_tr
 from .config import config_to_dict
 from .ema import MovingAverage
 from .optimizer import create_optimizer, learning_rate
+from .previews import References, write_preview
 from .run_lock import lock_run
 from .samples import (
     Batch,
@@ -44,8 +45,6 @@ from .trainer import Trainer
 logger = logging.getLogger("stylemaster")
 
 CHECKPOINTS = "checkpoints"
-SAMPLES = "samples"
-SHEET_FRAMES = 5
 # Latents [1, 16, t, h, w] -> frames, uint8 [T, H, W, 3].
 Decode = Callable[[Tensor], np.ndarray]
 
@@ -86,7 +85,7 @@ def train(
         validation: held-out samples; None to hold some out of `data`.
         resume: go on from the latest checkpoint in `out`, or begin if there is none.
         cpu: stay off the GPU.
-        decode: makes frames of generated latents; needed for sample pictures.
+        decode: makes frames of latents; needed for samples (`previews`).
         progress: show a progress bar.
 
     Returns:
@@ -170,6 +169,7 @@ class _Loop:
         self.progress = progress and self.is_main
         self.lock: BaseFileLock | None = None
         self.stats: Stats | None = None
+        self.references: References | None = None
         self.samples_per_step = run.batch_size * run.accumulation * self.accelerator.num_processes
 
     def close(self) -> None:
@@ -346,9 +346,7 @@ class _Loop:
         return self._losses(collate(drawn), 0)
 
     def _sample(self, step: int) -> None:
-        """A sheet of frames generated under the conditions of the first held-out sample."""
-        from ..data.images import write_image
-
+        """Generate under the conditions of the first held-out sample."""
         if self.is_main and self.decode is not None and self.validation is not None:
             with self._averaged(), self.accelerator.autocast():
                 try:
@@ -357,13 +355,15 @@ class _Loop:
                     latents = None
             if latents is not None:
                 frames = self.decode(latents.float())
-                chosen = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round()
-                sheet = np.concatenate([frames[int(i)] for i in chosen], axis=1)
-                path = self.out / SAMPLES / f"step-{step:08d}.png"
-                path.parent.mkdir(exist_ok=True)
-                write_image(path, sheet, overwrite=True)
-                self._write(step, {"sample": path.relative_to(self.out).as_posix()})
+                self._write(step, write_preview(self.out, step, frames, self._references()))
         self.accelerator.wait_for_everyone()
+
+    def _references(self) -> References:
+        if self.references is None:
+            sample, keys = self.validation[0], self.trainer.draws.keys  # type: ignore[index]
+            read = [key for key in ("latents", "control_latents") if key in keys]
+            self.references = References(*(self.decode(sample[k][None].float()) for k in read))  # type: ignore[misc]
+        return self.references
 
     def _averaged(self) -> Any:
         from contextlib import nullcontext
@@ -443,9 +443,9 @@ class _Loop:
         part = self.out / ".config.json.tmp"
         part.write_text(config + "\n", encoding="utf-8")
         part.replace(self.out / "config.json")
-        self.stats = Stats(self.out, tensorboard=self.config.run.tensorboard)
+        self.stats = Stats(self.out, tensorboard=self.config.run.tensorboard, start=start)
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
         if self.stats is not None:
             self.stats.write(step, values)
 

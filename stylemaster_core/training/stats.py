@@ -16,8 +16,13 @@ NAME = "stats.jsonl"
 class Stats:
     """Appends lines to `stats.jsonl`, and to TensorBoard if wanted."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, tensorboard: bool, start: int = 0) -> None:
         """Open the files.
+
+        Args:
+            folder: of the run.
+            tensorboard: whether to write its events, too.
+            start: steps done; TensorBoard hides what an interrupted run wrote after them.
 
         Raises:
             UnsupportedHostError: if TensorBoard is wanted and not installed.
@@ -32,7 +37,7 @@ class Stats:
                     "run.tensorboard needs tensorboard, which is not installed; install it (pip "
                     "install tensorboard), or set run.tensorboard=false"
                 ) from error
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a line; one system call, so that a kill cannot cut it in two."""

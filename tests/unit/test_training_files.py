@@ -20,6 +20,7 @@ from stylemaster_core import (
 from stylemaster_core.cli.train import add_parser
 from stylemaster_core.data.cache import CachedDataset
 from stylemaster_core.data.cache_writer import CachePlan, Entry, write_cache
+from stylemaster_core.data.videos import read_video
 from stylemaster_core.errors import ConfigError, StyleMasterError, WeightsError
 from stylemaster_core.models.small import draw_weights, write_small_models
 from stylemaster_core.pipelines.models import ModelFiles, Models
@@ -44,6 +45,7 @@ from stylemaster_core.training.dry_run import describe, estimate_memory
 from stylemaster_core.training.global_projection import create_projection_trainer
 from stylemaster_core.training.gray_tile_controlnet import create_control_trainer
 from stylemaster_core.training.motion_adapter import create_motion_trainer
+from stylemaster_core.training.stats import read_stats
 from stylemaster_core.training.style_modulation import create_style_trainer
 from stylemaster_core.training.synthetic import SyntheticWorld
 from stylemaster_core.weights.convert import convert
@@ -436,6 +438,18 @@ def test_train_the_others(trainer, small, cache, pairs, tmp_path):
     assert command(*arguments) == 0
     (path,) = tmp_path.glob("*.safetensors")
     assert read_state_dict(path).metadata["trainer"] == trainer
+
+
+def test_samples_of_a_run_are_decoded_and_measured(small, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(CachedDataset, "check_encoders", lambda self, files: None)
+    arguments = ["control", "--data", cache, "--base", small.stylemaster, "--vae", small.vae,
+                 "--out", tmp_path, *QUICK, *UNDROPPED, "--set", "run.sample_every=2",
+                 "--set", "run.sample_steps=1", "--set", "run.sample_text_scale=1"]  # fmt: skip
+    assert command(*arguments) == 0
+    (line,) = (line for line in read_stats(tmp_path) if "sample" in line)
+    assert read_video(tmp_path / line["sample_video"]).frames.shape == (5, 32, 32, 3)
+    numbers = ("colour", "gabor", "luma", "difference")
+    assert all(line[f"sample_{name}"] > 0 for name in numbers)
 
 
 def test_train_both_stages_of_stylecrafter(small, cache, tmp_path, capsys):

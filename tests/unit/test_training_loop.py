@@ -11,6 +11,8 @@ import time
 import pytest
 import torch
 
+from stylemaster_core.data.images import read_image
+from stylemaster_core.data.videos import read_video
 from stylemaster_core.errors import ConfigError, LayoutError, StyleMasterError, WeightsError
 from stylemaster_core.models.small import draw_weights
 from stylemaster_core.training import checkpoint as checkpoints
@@ -21,9 +23,11 @@ from stylemaster_core.training.config import (
     StyleConfig,
     TrainConfig,
 )
+from stylemaster_core.training.gray_tile_controlnet import create_control_trainer
 from stylemaster_core.training.loop import NonFiniteError, train
 from stylemaster_core.training.motion_adapter import create_motion_trainer
 from stylemaster_core.training.optimizer import create_optimizer, learning_rate
+from stylemaster_core.training.previews import References, write_preview
 from stylemaster_core.training.samples import (
     BatchPlan,
     MemoryDataset,
@@ -533,16 +537,78 @@ def test_text_dropout_needs_the_empty_prompt():
         create_style_trainer(CONFIG, base_weights(), features, num_heads=2, null_text=None)
 
 
-def test_sample_pictures(tmp_path):
-    def decode(latents):
-        assert latents.shape == (1, 16, 2, 4, 4)
-        return torch.zeros(5, 8, 8, 3, dtype=torch.uint8).numpy()
+# ---- samples and TensorBoard ----
 
-    config = with_run(sample_every=3, sample_steps=2)
-    train(style_trainer(config), WORLD.dataset(12), tmp_path, decode=decode)
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
-        "step-00000003.png", "step-00000006.png",
-    ]  # fmt: skip
-    assert [x["sample"] for x in read_stats(tmp_path) if "sample" in x][0].endswith("3.png")
+
+def decode(latents):
+    """Latents [1, 16, 2, 4, 4] as 5 frames of 32 x 32."""
+    small = latents[0, :3].sigmoid().mul(255).to(torch.uint8).permute(1, 2, 3, 0)
+    frames = small.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    return frames[[0, 0, 0, 1, 1]].contiguous().numpy()
+
+
+def sampling(**options):
+    return with_run(sample_every=3, sample_steps=2, **options)
+
+
+def test_samples_are_a_sheet_a_video_and_numbers(tmp_path):
+    data = WORLD.dataset(12)
+    train(style_trainer(sampling()), data, tmp_path, decode=decode)
+    names = ["step-00000003.mp4", "step-00000003.png", "step-00000006.mp4", "step-00000006.png"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == names
+    assert read_video(tmp_path / "samples" / names[0]).frames.shape == (5, 32, 32, 3)
+    assert read_image(tmp_path / "samples" / names[1]).shape == (32, 5 * 32, 3)
+    line, _ = (line for line in read_stats(tmp_path) if "sample" in line)
+    assert line["sample"] == f"samples/{names[1]}" and line["sample_video"] == f"samples/{names[0]}"
+    assert line["sample_colour"] > 0 and line["sample_gabor"] > 0
+    assert line["sample_difference"] > 0 and "sample_luma" not in line
     with pytest.raises(ConfigError, match="need a VAE"):
-        train(style_trainer(config), WORLD.dataset(12), tmp_path / "b")
+        train(style_trainer(sampling()), data, tmp_path / "b")
+
+
+def test_numbers_of_a_sample_that_is_the_held_out_one(tmp_path):
+    held_out = WORLD.dataset(3, "held out")
+    truth, tile = (held_out[0][key][None] for key in ("latents", "control_latents"))
+    trainer = create_control_trainer(
+        dataclasses.replace(sampling(), trainer="control"), base_weights(), {}, num_heads=2,
+        null_text=WORLD.null_text,
+    )  # fmt: skip
+    made = iter([truth, tile])
+    trainer.sample = lambda *arguments: next(made)
+    train(trainer, WORLD.dataset(12), tmp_path, validation=held_out, decode=decode)
+    first, second = (line for line in read_stats(tmp_path) if "sample" in line)
+    assert first["sample_colour"] == first["sample_gabor"] == 0
+    assert first["sample_difference"] == first["truth_difference"] > 0
+    assert second["sample_luma"] == pytest.approx(1, abs=1e-6) and first["sample_luma"] < 0.999
+    assert second["sample_colour"] > 0.01
+    assert second["truth_difference"] == first["truth_difference"] != second["sample_difference"]
+
+
+def test_a_single_picture_has_no_motion(tmp_path):
+    picture = decode(WORLD.dataset(1)[0]["latents"][None])[:1]
+    values = write_preview(tmp_path, 3, picture, References(255 - picture))
+    assert set(values) == {"sample", "sample_colour", "sample_gabor"}
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-00000003.png"]
+
+
+def test_tensorboard_shows_the_numbers_and_forgets_what_a_resumed_run_does_again(tmp_path):
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="install stylemaster[dev]"
+    )
+    data = WORLD.dataset(12)
+    train(style_trainer(sampling(tensorboard=True)), data, tmp_path, decode=decode)
+    folder = tmp_path / "checkpoints"
+    (folder / "latest").write_text("step-00000003")  # as if killed before the last checkpoint
+    train(style_trainer(sampling(tensorboard=True)), data, tmp_path, decode=decode, resume=True)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    stats = read_stats(tmp_path)
+    for key in ("loss", "lr", "grad_norm", "validation_loss", "sample_colour", "sample_gabor"):
+        shown = [(event.step, event.value) for event in events.Scalars(key)]
+        assert shown == [(s["step"], pytest.approx(s[key], rel=1e-6)) for s in stats if key in s]
+
+
+def test_tensorboard_that_is_not_installed_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(StyleMasterError, match="needs tensorboard"):
+        train(style_trainer(with_run(tensorboard=True)), WORLD.dataset(12), tmp_path)
