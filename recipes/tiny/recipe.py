@@ -108,6 +108,7 @@ class Profile:
     control_steps: int
     motion_steps: int
     stylecrafter_steps: int
+    stylecrafter_video_steps: int
     validation: int = 16  # held-out styles
     lr: float = 1e-3  # of the joint training
     vae_lr: float = 1e-3
@@ -129,6 +130,7 @@ PROFILES = {
         control_steps=20,
         motion_steps=20,
         stylecrafter_steps=40,
+        stylecrafter_video_steps=20,
         validation=6,
         lr=2e-3,
         vae_lr=4e-4,
@@ -147,7 +149,8 @@ PROFILES = {
         style_steps=120,
         control_steps=200,
         motion_steps=1200,
-        stylecrafter_steps=1100,
+        stylecrafter_steps=6000,
+        stylecrafter_video_steps=150,
     ),
     "gpu": Profile(
         vae_steps=20_000,
@@ -163,7 +166,8 @@ PROFILES = {
         style_steps=1000,
         control_steps=1000,
         motion_steps=2000,
-        stylecrafter_steps=3000,
+        stylecrafter_steps=10_000,
+        stylecrafter_video_steps=1000,
     ),
 }
 
@@ -383,7 +387,7 @@ class Recipe:
         data, held_out = self._samples("train"), self._samples("held_out")
         config = self._config(
             "stylecrafter-video",
-            self.profile.stylecrafter_steps // 2,
+            self.profile.stylecrafter_video_steps,
             self.profile.joint_batch,
             stylecrafter=STYLECRAFTER,
         )
