@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from .word_lists import MODIFIERS, OBJECTS, STYLES, prompt_of
 if TYPE_CHECKING:
     from ..models.clip_text import ClipText
     from ..models.image_encoder import ImageEncoder
+
+logger = logging.getLogger("stylemaster")
 
 # Views whose pieces are large enough that a model can still draw things across them.
 PAINTED_VIEWS: tuple[ViewName, ...] = (
@@ -318,7 +321,11 @@ def painted_pair(
     if not np.isfinite(scores).all():
         raise WeightsError(f"pair {index}: CLIP's scores are {scores}; its weights are damaged")
     fields["scores"] = [round(value, 5) for value in scores]
-    return NewPair(canvas, plan.view, fields, kept=min(scores) >= min_score)
+    kept = min(scores) >= min_score
+    if not kept:
+        said = ", ".join(f"{p!r} {s:.3f}" for p, s in zip(plan.prompts, scores, strict=True))
+        logger.info("left out pair %d: CLIP gives %s, below %g", index, said, min_score)
+    return NewPair(canvas, plan.view, fields, kept=kept)
 
 
 def rearranged_pair(

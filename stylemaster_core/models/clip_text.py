@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedHostError, WeightsError
 from ..weights.files import read_state_dict
-from .image_encoder import ImageEncoder
+from .image_encoder import ImageEncoder, joint_width
 
 OPEN_CLIP_MODEL = "ViT-H-14"
 
@@ -118,7 +118,10 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype) -
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
         loaded: Any = CLIPTextModelWithProjection.from_pretrained(
-            str(weights_folder), local_files_only=True, output_loading_info=True
+            str(weights_folder),
+            local_files_only=True,
+            output_loading_info=True,
+            **joint_width(weights_folder),
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise WeightsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,7 +144,7 @@ def _from_folder(folder: Path) -> CLIPVisionModelWithProjection:
         folder = folder / "image_encoder"
     try:
         loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-            str(folder), local_files_only=True, output_loading_info=True
+            str(folder), local_files_only=True, output_loading_info=True, **joint_width(folder)
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(
@@ -158,6 +159,16 @@ def _from_folder(folder: Path) -> CLIPVisionModelWithProjection:
             f"({', '.join(missing[:3])}, ...); download it again"
         )
     return model
+
+
+def joint_width(folder: Path) -> dict[str, int]:
+    """Width of the joint space of a whole CLIPModel, as an option for loading one of its towers.
+
+    transformers makes a tower of the part of the config that is about it, where the width may lack.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    whole = config.get("model_type") == "clip" and "projection_dim" in config
+    return {"projection_dim": config["projection_dim"]} if whole else {}
 
 
 def _from_file(path: Path, num_heads: int | None) -> CLIPVisionModelWithProjection:

@@ -1,5 +1,6 @@
 """Model illusion on tiny pipelines: one canvas, two views, exactly the same pixels."""
 
+import argparse
 import json
 import random
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
+from stylemaster_core.cli.data import add_parser
 from stylemaster_core.data.illusion import (
     PAINTED_VIEWS,
     PixelDiffusion,
@@ -20,7 +22,8 @@ from stylemaster_core.data.illusion import (
     plan_pair,
     rearranged_pair,
 )
-from stylemaster_core.data.images import read_image, write_image
+from stylemaster_core.data.images import clip_pixels, read_image, write_image
+from stylemaster_core.data.jsonl import read_jsonl
 from stylemaster_core.data.pairs import (
     check_pair,
     make_pairs,
@@ -274,14 +277,88 @@ def test_clip_score_is_a_cosine(tmp_path):
     encoder = load_image_encoder(small.image_encoder)
     pictures = [np.full((20, 30, 3), level, np.uint8) for level in (10, 200)]
     texts = torch.randn(2, 48)
-    from stylemaster_core.data.images import clip_pixels
-
     own = encoder.encode(torch.stack([clip_pixels(p) for p in pictures])).image_embeds
     score = clip_score(encoder, ClipText(lambda prompts: own.clone()))
     assert score(pictures, ["a", "b"]) == pytest.approx([1, 1], abs=1e-5)
     expected = torch.nn.functional.cosine_similarity(own, texts).tolist()
     other = clip_score(encoder, ClipText(lambda prompts: texts))
     assert other(pictures, ["a", "b"]) == pytest.approx(expected, abs=1e-5)
+
+
+def save_clip(folder):
+    """A whole random CLIP whose tokenizer knows every word of the lists."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    words = {"<start>", "<end>", "?", "a", "an", "of"}
+    words |= {word for part in (*STYLES, *OBJECTS, *MODIFIERS) for word in part.split()}
+    vocabulary = {word: i for i, word in enumerate(sorted(words))}
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [(word, vocabulary[word]) for word in ("<start>", "<end>")]
+    tokens.post_processor = processors.TemplateProcessing("<start> $A <end>", special_tokens=ends)
+    PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<end>").save_pretrained(folder)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 2}  # fmt: skip
+    text = tower | {"vocab_size": len(vocabulary), "max_position_embeddings": 16,
+                    "bos_token_id": ends[0][1], "eos_token_id": ends[1][1]}  # fmt: skip
+    torch.manual_seed(3)
+    vision = tower | {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    model = CLIPModel(config).eval()
+    for parameter in model.parameters():  # its own start is too small for scores to differ
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return model, tokens
+
+
+def illusion(capsys, *arguments):
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(["data", "illusion", *map(str, arguments), "--json"])
+    capsys.readouterr()
+    assert args.run(args) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_clip_filter_with_a_whole_clip_from_the_command_line(tmp_path, capsys, caplog):
+    save_deepfloyd(tmp_path)
+    model, tokens = save_clip(tmp_path / "clip")
+    common = ["--base", tmp_path / "I", "--steps", 2, "--device", "cpu"]
+    report = illusion(capsys, tmp_path / "all", "--num", 8, *common)
+    assert report["kept"] == 8
+    worst = []  # of each pair, by CLIPModel itself
+    for pair in read_pairs(tmp_path / "all"):
+        pictures = [clip_pixels(read_image(path), size=32) for path in (pair.first, pair.second)]
+        ids = [tokens.encode(prompt).ids for prompt in pair.record["prompts"]]
+        with torch.no_grad():
+            scores = [
+                model(input_ids=torch.tensor([i]), pixel_values=pixels[None]).logits_per_image
+                / model.logit_scale.exp()
+                for i, pixels in zip(ids, pictures, strict=True)
+            ]
+        worst.append(min(score.item() for score in scores))
+    ordered = sorted(worst)
+    threshold = (ordered[3] + ordered[4]) / 2
+    assert ordered[4] - ordered[3] > 1e-3
+    kept = [i for i, score in enumerate(worst) if score >= threshold]
+    clip = ["--image-encoder", tmp_path / "clip", "--clip-text", tmp_path / "clip"]
+    chosen = [tmp_path / "chosen", *common, *clip, f"--min-score={threshold}"]
+    caplog.set_level("INFO", "stylemaster")
+    first = illusion(capsys, *chosen, "--num", 5)
+    early = sum(i < 5 for i in kept)
+    assert (first["kept"], first["rejected"]) == (early, 5 - early)
+    again = illusion(capsys, *chosen, "--num", 8)
+    assert (again["kept"], again["rejected"], again["done_earlier"]) == (4 - early, early - 1, 5)
+    assert [pair.index for pair in read_pairs(tmp_path / "chosen")] == kept
+    for index, score in enumerate(worst):
+        pictures = [(tmp_path / "chosen" / f"{index:06d}_{side}.png").is_file() for side in "ab"]
+        assert pictures == [index in kept] * 2
+        assert (f"left out pair {index}: CLIP gives" in caplog.text) == (index not in kept)
+        record = read_jsonl(tmp_path / "chosen" / "pairs.jsonl")[index]
+        assert min(record["scores"]) == pytest.approx(score, abs=2e-5)
+    with pytest.raises(ConfigError, match="min_score"):
+        illusion(capsys, *chosen[:-1], "--num", 8, "--min-score=0.9")
 
 
 def test_rearranged_pictures(tmp_path):
