@@ -16,6 +16,7 @@ from . import (
     style,
     tiny,
     training,
+    training_monitor,
 )
 from .paths import register_folders
 
@@ -37,6 +38,7 @@ class StyleMasterExtension(ComfyExtension):
             folders,
             dataset,
             training,
+            training_monitor,
             tiny,
         )
         return [node for module in modules for node in module.NODES]

@@ -1,4 +1,4 @@
-"""A picture of a training run's loss."""
+"""Pictures of a training run: its loss, and its sample frames below."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 SIZE = (640, 360)
+SHEET_HEIGHT = 360  # of sample frames, at most
 MARGIN = 44
 BACKGROUND, AXIS, TEXT = (24, 26, 30), (90, 94, 102), (210, 214, 220)
 RAW, SMOOTH, HELD_OUT = (70, 92, 120), (110, 180, 255), (255, 170, 80)
@@ -53,6 +54,27 @@ def draw_loss_curve(stats: Sequence[Mapping[str, Any]]) -> Image.Image:
     draw.text((right - 60, bottom + 6), f"step {last:g}", fill=TEXT)
     draw.text((left, 8), "loss", fill=SMOOTH)
     draw.text((left + 48, 8), "held-out loss", fill=HELD_OUT)
+    return picture
+
+
+def draw_run(stats: Sequence[Mapping[str, Any]], sheet: Image.Image | None) -> Image.Image:
+    """The loss curve, and below it sample frames, as large as fits.
+
+    Args:
+        stats: lines of `stats.jsonl`, maybe none.
+        sheet: RGB, of any size, or None.
+
+    Returns:
+        RGB, as wide as the curve.
+    """
+    curve = draw_loss_curve(stats)
+    if sheet is None:
+        return curve
+    scale = min(SIZE[0] / sheet.width, SHEET_HEIGHT / sheet.height)
+    size = max(1, round(sheet.width * scale)), max(1, round(sheet.height * scale))
+    picture = Image.new("RGB", (SIZE[0], SIZE[1] + size[1]), BACKGROUND)
+    picture.paste(curve, (0, 0))
+    picture.paste(sheet.resize(size), ((SIZE[0] - size[0]) // 2, SIZE[1]))
     return picture
 
 

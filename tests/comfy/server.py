@@ -25,6 +25,8 @@ PACK_NAME = "stylemaster"
 
 Workflow = Mapping[str, Any]  # API format: node id to class_type and inputs
 OnEvent = Callable[[str, dict[str, Any]], None]
+OnPreview = Callable[[bytes], None]
+PREVIEW_HEADER = 8  # bytes before a preview's JPEG
 
 
 class ComfyUIError(Exception):
@@ -137,6 +139,10 @@ class ComfyServer:
         return self.base / "input"
 
     @property
+    def models_dir(self) -> Path:
+        return self.base / "models"
+
+    @property
     def output_dir(self) -> Path:
         return self.base / "output"
 
@@ -216,7 +222,12 @@ class ComfyServer:
         self._request("/interrupt", data=b"")
 
     def run_prompt(
-        self, workflow: Workflow, *, timeout_s: float = 120, on_event: OnEvent | None = None
+        self,
+        workflow: Workflow,
+        *,
+        timeout_s: float = 120,
+        on_event: OnEvent | None = None,
+        on_preview: OnPreview | None = None,
     ) -> Result:
         """Run a workflow to its end; a failing one is a Result too.
 
@@ -225,15 +236,23 @@ class ComfyServer:
             timeout_s: after it the workflow is interrupted, with status "timeout".
             on_event: called with the type and data of each message, e.g. to interrupt at a
                 "progress".
+            on_preview: called with each preview, a JPEG.
         """
         result = Result()
         try:
-            asyncio.run(asyncio.wait_for(self._run(workflow, result, on_event), timeout_s))
+            running = self._run(workflow, result, on_event, on_preview)
+            asyncio.run(asyncio.wait_for(running, timeout_s))
         except (asyncio.TimeoutError, TimeoutError):
             self.interrupt()
         return result
 
-    async def _run(self, workflow: Workflow, result: Result, on_event: OnEvent | None) -> None:
+    async def _run(
+        self,
+        workflow: Workflow,
+        result: Result,
+        on_event: OnEvent | None,
+        on_preview: OnPreview | None,
+    ) -> None:
         import aiohttp
 
         client = uuid.uuid4().hex
@@ -249,6 +268,8 @@ class ComfyServer:
                 async for message in socket_:
                     if message.type == aiohttp.WSMsgType.BINARY:
                         result.previews += 1
+                        if on_preview is not None:
+                            on_preview(message.data[PREVIEW_HEADER:])
                         continue
                     event = json.loads(message.data)
                     if on_event is not None:

@@ -6,11 +6,16 @@ with the Python that runs the tests (STYLEMASTER_PYTHON).
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import shutil
+import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +24,15 @@ from PIL import Image
 from tests.comfy import server, shipped_workflows, small_models, test_nodes
 from tests.comfy.test_nodes import node
 
+SETTINGS = [
+    "run.precision=float32",
+    "run.num_workers=0",
+    "run.validation_samples=2",
+    "run.sample_steps=1",
+    "optimizer.warmup_steps=0",
+    "flow.text_length=8",
+    "projection.hidden_width=32",
+]
 RUN = {
     "file_name": "tried",
     "run_name": "tried",
@@ -30,10 +44,14 @@ RUN = {
     "save_every": 1000,
     "sample_every": 0,
     "resume": True,
-    "settings": "run.precision=float32\nrun.num_workers=0\nrun.validation_samples=1\n"
-    "optimizer.warmup_steps=0\nflow.text_length=8",
+    "settings": "\n".join(SETTINGS),
 }
+CURVE_WIDTH, CURVE_HEIGHT = 640, 360
+BASE = {"base_model": small_models.TRANSFORMER_FILE}
 
+DATA = node(
+    "StyleMasterDataset", source="pictures", still_frames=5, caption="", strip_style_words=True
+)
 CACHE = node(
     "StyleMasterEncodeDataset",
     dataset="@data",
@@ -46,27 +64,41 @@ CACHE = node(
     num_frames=5,
     fps=0.0,
     short_videos="reject",
-    gray_tile=False,
+    gray_tile=True,
 )
+STILLS = {"data": DATA, "cache": CACHE}
+PAIRS = {
+    "data": node(
+        "StyleMasterIllusionDataset",
+        pictures="pictures",
+        name="pairs",
+        num_pairs=8,
+        size=32,
+        seed=0,
+    ),
+    "cache": {**CACHE, "inputs": {**CACHE["inputs"], "name": "pairs", "gray_tile": False}},
+}
 
 
 @pytest.fixture(scope="module")
-def comfy(comfy_checkout, comfy_models, tmp_path_factory):
-    """A server of its own, whose child processes are given a Python with the libraries."""
+def comfy(comfy_checkout, tmp_path_factory):
+    """A server with models of its own; its child processes get a Python with the libraries."""
     from stylemaster_core.data.demo_scene import demo_styles
     from stylemaster_core.models.small import write_small_models
 
-    encoders = write_small_models(tmp_path_factory.mktemp("encoders"))
-    for folder in ("text_encoders", "clip_vision"):
-        (comfy_models / folder).mkdir(exist_ok=True)
-    words = {"kind": "hashed_words", "width": small_models.TEXT_WIDTH, "seed": 0}
-    (comfy_models / "text_encoders" / "words.json").write_text(json.dumps(words))
-    vision = comfy_models / "clip_vision" / "small"
-    if not vision.exists():
-        shutil.copytree(encoders.image_encoder, vision)
-    running = server.ComfyServer(
-        comfy_checkout, tmp_path_factory.mktemp("training") / "base", comfy_models
+    base = tmp_path_factory.mktemp("training")
+    models = base / "models"
+    small_models.write_small_models(models)
+    small_models.save(
+        small_models.adapter_weights(), models / "stylemaster" / "small_adapter.safetensors"
     )
+    encoders = write_small_models(base / "encoders")
+    for folder in ("text_encoders", "clip_vision", "controlnet", "loras"):
+        (models / folder).mkdir()
+    words = {"kind": "hashed_words", "width": small_models.TEXT_WIDTH, "seed": 0}
+    (models / "text_encoders" / "words.json").write_text(json.dumps(words))
+    shutil.copytree(encoders.image_encoder, models / "clip_vision" / "small")
+    running = server.ComfyServer(comfy_checkout, base / "base", models)
     pictures = running.input_dir / "pictures"
     pictures.mkdir()
     for name, picture in demo_styles(64).items():
@@ -74,88 +106,57 @@ def comfy(comfy_checkout, comfy_models, tmp_path_factory):
         (pictures / f"{name}.txt").write_text(f"a painting of {name}")
     (running.base / "secret.png").write_bytes((pictures / "neon.png").read_bytes())
     (running.input_dir / "bad.csv").write_text("file,caption\n../secret.png,a secret\n")
+    shutil.copy(pictures / "neon.png", running.input_dir / "style_0.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STYLEMASTER_PYTHON", sys.executable)
         with running:
             yield running
 
 
-def workflow(**changes: Any) -> dict[str, Any]:
-    """Still clips of pictures -> cache -> motion adapter -> monitor."""
+def train(name: str, run_name: str, **inputs: Any) -> dict[str, Any]:
+    """A trainer's node."""
+    names = {"file_name": run_name, "run_name": run_name}
+    return node(f"StyleMasterTrain{name}", cache="@cache", **{**RUN, **names, **inputs})
+
+
+def sampler(model: str) -> dict[str, Any]:
+    return node(
+        "KSampler",
+        model=model,
+        positive="@prompt",
+        negative="@prompt",
+        latent_image="@latent",
+        seed=0,
+        steps=2,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+
+
+def use_projection(file: str) -> dict[str, Any]:
+    graph = {**STILLS, "next": train("Style", "projected", **BASE, **NEW["Style"], steps=1)}
+    graph["next"]["inputs"]["global_projection"] = file
+    return graph
+
+
+def use_style(file: str) -> dict[str, Any]:
+    graph = test_nodes.workflow(next=node("PreviewImage", images="@crop"))
+    graph["adapter"]["inputs"]["adapter_name"] = file
+    graph["latent"]["inputs"] |= {"num_frames": 1, "width": 64, "height": 64}
+    return graph
+
+
+def use_motion(file: str) -> dict[str, Any]:
     return {
-        "data": node(
-            "StyleMasterDataset",
-            source="pictures",
-            still_frames=5,
-            caption="",
-            strip_style_words=True,
-        ),
-        "cache": CACHE,
-        "train": node(
-            "StyleMasterTrainMotionAdapter",
-            cache="@cache",
-            base_model=small_models.TRANSFORMER_FILE,
-            motion_adapter="new",
-            rank=2,
-            **{**RUN, **changes},
-        ),
-        "monitor": node("StyleMasterTrainingMonitor", run_name="@train:1"),
-        "sampled": node("PreviewImage", images="@monitor:1"),
-    }
-
-
-def run(comfy: server.ComfyServer, graph: dict[str, Any], **options: Any) -> server.Result:
-    result = comfy.run_prompt(graph, **options)
-    assert result.status == "success", (result.error or {}).get("exception_message", result)
-    return result
-
-
-def refusal(comfy: server.ComfyServer, graph: dict[str, Any]) -> str:
-    result = comfy.run_prompt(graph)
-    assert result.status == "error" and result.error is not None
-    return result.error["exception_message"]
-
-
-def test_interrupt_resume_and_use(comfy, comfy_models):
-    steps: list[int] = []
-    stopped = {"at": 0.0}
-
-    def interrupt_while_training(kind: str, data: dict[str, Any]) -> None:
-        if kind == "progress" and data.get("node") == "train":
-            steps.append(data["value"])
-            if data["value"] >= 2 and not stopped["at"]:
-                stopped["at"] = time.monotonic()
-                comfy.interrupt()
-
-    result = comfy.run_prompt(workflow(steps=100_000), on_event=interrupt_while_training)
-    assert result.status == "interrupted" and time.monotonic() - stopped["at"] < 10
-    assert result.previews > 0  # loss curves
-    folder = comfy.output_dir / "stylemaster" / "runs" / "tried"
-    latest = (folder / "checkpoints" / "latest").read_text().strip()
-    done = int(latest.removeprefix("step-"))
-    assert steps == sorted(steps) and done >= steps[-1] >= 2 and not (folder / "stop").exists()
-    target = comfy_models / "loras" / "tried.safetensors"
-    assert not target.exists()
-
-    # A sample picture makes the monitor's second output run.
-    result = run(comfy, workflow(steps=done + 2, sample_every=done + 2))
-    lines = (folder / "stats.jsonl").read_text().splitlines()
-    found = [json.loads(line)["step"] for line in lines if "loss" in json.loads(line)]
-    assert found == list(range(1, done + 3))
-    assert target.read_bytes() == (folder / "motion_adapter.safetensors").read_bytes()
-    assert result.node_seconds.keys() == {"train", "monitor", "sampled"}, "the cache is kept"
-    curve = picture(comfy, result.outputs["train"])
-    assert curve.shape == (360, 640, 3) and len(np.unique(curve.reshape(-1, 3), axis=0)) > 4
-    assert result.outputs["sampled"]["images"]
-
-    use = {
         "model": node(
             "UNETLoader", unet_name=small_models.TRANSFORMER_FILE, weight_dtype="default"
         ),
         "motion": node(
             "StyleMasterMotionAdapter",
             model="@model",
-            adapter_name="tried.safetensors",
+            adapter_name=file,
             motion_scale=-1.0,
             start=0.0,
             end=1.0,
@@ -165,20 +166,223 @@ def test_interrupt_resume_and_use(comfy, comfy_models):
         "latent": node("StyleMasterLatent", num_frames=5, width=32, height=32),
         "with": sampler("@motion"),
         "without": sampler("@model"),
-        "compare": node("StubCompare", a="@with", b="@without"),
+        "next": node("StubCompare", a="@with", b="@without"),
     }
-    result = run(comfy, use)
-    assert result.outputs["compare"]["max_difference"][0] > 1e-6
+
+
+def use_control(file: str) -> dict[str, Any]:
+    graph = test_nodes.workflow(
+        frames=node("LoadImage", image="style_0.png"),
+        control=test_nodes.controlled(frames="@frames", control_net_name=file, model="@apply:0"),
+        sample=test_nodes.sampled("control", latent="@latent"),
+        next=node("PreviewImage", images="@crop"),
+    )
+    graph["latent"]["inputs"] |= {"num_frames": 1, "width": 64, "height": 64}
+    return graph
+
+
+class Case(NamedTuple):
+    """A trainer's node."""
+
+    data: dict[str, Any]  # dataset and cache
+    inputs: dict[str, Any]  # its own
+    trained: str  # file in the folder of its run
+    folder: str  # of models, where the loaders look
+    use: Callable[[str], dict[str, Any]]  # a workflow whose "next" needs the trained file
+
+
+NEW = {
+    "Style": {"stage": "style-images", "adapter": "new", "global_projection": "new"},
+    "MotionAdapter": {"motion_adapter": "new", "rank": 2},
+    "GrayTileControl": {"controlnet": "new"},
+}
+CASES = {
+    "GlobalProjection": Case(
+        PAIRS, {}, "global_projection.safetensors", "stylemaster", use_projection
+    ),
+    "Style": Case(
+        STILLS, BASE | NEW["Style"], "style_adapter.safetensors", "stylemaster", use_style
+    ),
+    "MotionAdapter": Case(
+        STILLS, BASE | NEW["MotionAdapter"], "motion_adapter.safetensors", "loras", use_motion
+    ),
+    "GrayTileControl": Case(
+        STILLS, BASE | NEW["GrayTileControl"], "controlnet.safetensors", "controlnet", use_control
+    ),
+}
+
+
+def run(comfy: server.ComfyServer, graph: dict[str, Any], **options: Any) -> server.Result:
+    result = comfy.run_prompt(graph, **options)
+    assert result.status == "success", said(result)
+    return result
+
+
+def refusal(comfy: server.ComfyServer, graph: dict[str, Any]) -> str:
+    result = comfy.run_prompt(graph)
+    assert result.status == "error"
+    return said(result)
+
+
+def said(result: server.Result) -> str:
+    """The message of an error, or all of another result."""
+    return (result.error or {}).get("exception_message", str(result))
+
+
+def opened(jpeg: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")).astype(float)
+
+
+def shows(preview: np.ndarray, sheet: Path) -> bool:
+    """Whether the lower part of a picture of a run is this sheet of sample frames."""
+    lower = preview[CURVE_HEIGHT:]
+    if not len(lower):
+        return False
+    expected = Image.open(sheet).resize((CURVE_WIDTH, CURVE_WIDTH // 5))  # five square frames
+    return np.abs(lower - np.array(expected)).mean() < 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interrupt_resume_and_use(comfy, name):
+    case, file = CASES[name], f"{name}_tried"
+    folder = comfy.output_dir / "stylemaster" / "runs" / file
+    sampled = 0 if name == "GlobalProjection" else 1
+
+    def graph(steps: int, **changes: Any) -> dict[str, Any]:
+        inputs = {**case.inputs, "steps": steps, "sample_every": sampled, **changes}
+        return {**case.data, "train": train(name, file, **inputs)}
+
+    steps: list[int] = []
+    previews: list[np.ndarray] = []
+    stopped = {"at": 0.0}
+
+    def note(kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress" and data.get("node") == "train":
+            steps.append(data["value"])
+
+    def interrupt_at_step_2(jpeg: bytes) -> None:
+        previews.append(opened(jpeg))
+        if steps and steps[-1] >= 2 and not stopped["at"]:
+            stopped["at"] = time.monotonic()
+            comfy.interrupt()
+
+    result = comfy.run_prompt(graph(100_000), on_event=note, on_preview=interrupt_at_step_2)
+    assert result.status == "interrupted", said(result)
+    assert time.monotonic() - stopped["at"] < 10
+    assert (len(previews[-1]) > CURVE_HEIGHT) == bool(sampled), "sample frames below the curve"
+    done = int((folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    assert steps == sorted(steps) and done >= steps[-1] >= 2 and not (folder / "stop").exists()
+    target = comfy.models_dir / case.folder / f"{file}.safetensors"
+    assert not target.exists()
+
+    steps.clear()
+    previews.clear()
+    result = run(
+        comfy, graph(done + 2), on_event=note, on_preview=lambda j: previews.append(opened(j))
+    )
+    lines = map(json.loads, (folder / "stats.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, done + 3))
+    assert steps[0] >= done and steps[-1] == done + 2
+    assert target.read_bytes() == (folder / case.trained).read_bytes()
+    assert result.node_seconds.keys() == {"train"}, "the cache is kept"
+    if sampled:
+        last = folder / "samples" / f"step-{done + 2:08d}.png"
+        assert shows(previews[-1], last)
+        assert shows(picture(comfy, result.outputs["train"]), last)
 
     before = target.read_bytes()
-    # A run that is finished is not trained again, and its file stays.
-    result = run(comfy, workflow(steps=done + 2, sample_every=done + 2, save_every=7))
-    assert result.node_seconds["train"] < 2 and target.read_bytes() == before
-    assert "exists and is not overwritten" in refusal(comfy, workflow(run_name="other"))
+    again = graph(done + 2, save_every=7) | {"more": node("PreviewImage", images="@train:2")}
+    result = run(comfy, again)
+    assert result.node_seconds["train"] < 2, "a run that is finished is not trained again"
+    curve = picture(comfy, result.outputs["more"])
+    assert curve.shape == (CURVE_HEIGHT, CURVE_WIDTH, 3)
+    assert len(np.unique(curve.reshape(-1, 3), axis=0)) > 4
+
+    outputs = run(comfy, case.use(f"{file}.safetensors")).outputs["next"]
+    assert outputs["images"] if name != "MotionAdapter" else outputs["max_difference"][0] > 1e-6
     assert target.read_bytes() == before
 
 
-def test_the_shipped_workflow(comfy, comfy_models):
+def test_an_existing_file_is_not_overwritten(comfy):
+    target = comfy.models_dir / "loras" / "mine.safetensors"
+    target.write_bytes(b"mine")
+    inputs = {**BASE, **NEW["MotionAdapter"], "file_name": "mine"}
+    graph = {**STILLS, "train": train("MotionAdapter", "other", **inputs)}
+    assert "exists and is not overwritten" in refusal(comfy, graph)
+    assert target.read_bytes() == b"mine"
+
+
+def test_pairs_hold_the_same_pixels(comfy):
+    graph = {**PAIRS, "look": node("SaveImage", images="@data:1", filename_prefix="pairs")}
+    images = run(comfy, graph).outputs["look"]["images"]
+    shown = [np.array(Image.open(comfy.output_dir / image["filename"])) for image in images]
+    assert [image.shape for image in shown] == [(32, 64, 3)] * 8
+    for image in shown:
+        one, other = image[:, :32].reshape(-1, 3), image[:, 32:].reshape(-1, 3)
+        assert not np.array_equal(one, other)
+        assert sorted(map(tuple, one)) == sorted(map(tuple, other))
+
+
+def test_the_monitor_follows_a_run_of_the_command_line(comfy):
+    run(comfy, STILLS)
+    folder = comfy.output_dir / "stylemaster" / "runs" / "elsewhere"
+    words = {
+        "data": comfy.output_dir / "stylemaster" / "caches" / "stills",
+        "out": folder,
+        "base": comfy.models_dir / "diffusion_models" / small_models.TRANSFORMER_FILE,
+        "vae": comfy.models_dir / "vae" / small_models.VAE_FILE,
+        "steps": 100_000,
+    }
+    options = [f"--{key}={value}" for key, value in words.items()]
+    settings = [*SETTINGS, "run.sample_every=1", "run.save_every=100000", "motion.rank=2"]
+    options += [f"--set={setting}" for setting in settings]
+    command = [sys.executable, "-m", "stylemaster_core", "train", "motion", *options, "--cpu"]
+
+    def watch(**inputs: Any) -> dict[str, Any]:
+        return {
+            "monitor": node("StyleMasterTrainingMonitor", run_name="elsewhere", **inputs),
+            "curve": node("PreviewImage", images="@monitor:0"),
+            "samples": node("PreviewImage", images="@monitor:1"),
+        }
+
+    sheets: list[int] = []
+
+    def act_at_the_third_picture(act: Callable[[], object]) -> Callable[[bytes], None]:
+        def see(jpeg: bytes) -> None:
+            sheets.append(len(opened(jpeg)) - CURVE_HEIGHT)
+            if len(sheets) == 3:
+                act()
+
+        sheets.clear()
+        return see
+
+    with subprocess.Popen(command, cwd=server.PACK, stderr=subprocess.DEVNULL) as trainer:
+        try:
+            stats = folder / "stats.jsonl"
+            while not (stats.exists() and '"sample"' in stats.read_text()):
+                assert trainer.poll() is None
+                time.sleep(0.2)
+            # As it is now, at once.
+            outputs = run(comfy, watch(follow=False)).outputs
+            assert outputs["curve"]["images"] and outputs["samples"]["images"]
+            # Live, until the prompt is interrupted: the run goes on.
+            result = comfy.run_prompt(watch(), on_preview=act_at_the_third_picture(comfy.interrupt))
+            assert result.status == "interrupted" and trainer.poll() is None
+            assert all(height > 0 for height in sheets)
+            # Live, until it ends.
+            stop = act_at_the_third_picture((folder / "stop").touch)
+            result = run(comfy, watch(), on_preview=stop)
+            assert trainer.wait(30) == 130 and len(sheets) >= 3
+        finally:
+            trainer.kill()
+    last = sorted(folder.glob("samples/*.png"))
+    assert shows(picture(comfy, result.outputs["monitor"]), last[-1])
+    assert len(result.outputs["samples"]["images"]) == len(last)
+    run(comfy, watch())
+    assert not run(comfy, watch()).node_seconds, "it has ended: there is nothing new to show"
+
+
+def test_the_shipped_workflow(comfy):
     """As it is shipped but for models, sizes, steps and the name of the trained file."""
     name = "train_motion_adapter"
     settings = next(
@@ -208,35 +412,17 @@ def test_the_shipped_workflow(comfy, comfy_models):
         },
     )
     outputs = run(comfy, graph).outputs
-    assert (comfy_models / "loras" / "shipped.safetensors").is_file()
+    assert (comfy.models_dir / "loras" / "shipped.safetensors").is_file()
     samples = outputs[shipped_workflows.node_titled(graph, "Sample pictures")]["images"]
     assert len(samples) == 2
 
 
-def sampler(model: str) -> dict[str, Any]:
-    return node(
-        "KSampler",
-        model=model,
-        positive="@prompt",
-        negative="@prompt",
-        latent_image="@latent",
-        seed=0,
-        steps=2,
-        cfg=1.0,
-        sampler_name="euler",
-        scheduler="simple",
-        denoise=1.0,
-    )
-
-
 def picture(comfy: server.ComfyServer, outputs: dict[str, Any]) -> np.ndarray:
-    import io
-
-    return np.array(Image.open(io.BytesIO(comfy.view(outputs["images"][0]))))
+    return opened(comfy.view(outputs["images"][0]))
 
 
 @pytest.mark.parametrize(
-    ("key", "inputs", "said"),
+    ("key", "inputs", "reason"),
     # The trainer first: what is before it is kept from one prompt to the next.
     [
         ("train", {"run_name": "/tmp/run"}, "absolute"),
@@ -247,106 +433,12 @@ def picture(comfy: server.ComfyServer, outputs: dict[str, Any]) -> np.ndarray:
         ("data", {"source": "bad.csv", "still_frames": 0}, "secret.png is not in"),
     ],
 )
-def test_what_cannot_work_is_refused(comfy, key, inputs, said):
-    graph = workflow(run_name="refused", file_name="refused")
+def test_what_cannot_work_is_refused(comfy, key, inputs, reason):
+    graph = {**STILLS, "train": train("MotionAdapter", "refused", **BASE, **NEW["MotionAdapter"])}
+    graph = copy.deepcopy(graph)
     graph[key]["inputs"] |= inputs
-    message = refusal(comfy, graph)
-    assert said in message
+    assert reason in refusal(comfy, graph)
     assert not (comfy.base / "stolen").exists()
-
-
-def encoded(dataset: str, name: str, **changes: Any) -> dict[str, Any]:
-    return {
-        **CACHE,
-        "inputs": {
-            **CACHE["inputs"],
-            **node("", dataset=dataset)["inputs"],
-            "name": name,
-            **changes,
-        },
-    }
-
-
-def test_the_other_trainers(comfy, comfy_models):
-    """Pairs and clips with tiles -> projection and ControlNet -> style adapter -> a video."""
-    base = {"base_model": small_models.TRANSFORMER_FILE}
-    small = RUN["settings"] + "\nprojection.hidden_width=32\nrun.validate_every=0"
-    settings = {**RUN, "steps": 2, "settings": small}
-
-    def named(name: str) -> dict[str, Any]:
-        return {**settings, "file_name": name, "run_name": name}
-
-    stills = node(
-        "StyleMasterDataset",
-        source="pictures",
-        still_frames=5,
-        caption="",
-        strip_style_words=True,
-    )
-    first = {
-        "pairs": node(
-            "StyleMasterIllusionDataset",
-            pictures="pictures",
-            name="pairs",
-            num_pairs=4,
-            size=32,
-            seed=0,
-        ),
-        "look": node("SaveImage", images="@pairs:1", filename_prefix="pairs"),
-        "pair_cache": encoded("@pairs", "pairs"),
-        "projection": node(
-            "StyleMasterTrainGlobalProjection", cache="@pair_cache", **named("projection")
-        ),
-        "stills": stills,
-        "cache": encoded("@stills", "tiles", gray_tile=True),
-        "control": node(
-            "StyleMasterTrainGrayTileControl",
-            cache="@cache",
-            controlnet="new",
-            **base,
-            **named("tile"),
-        ),
-    }
-    outputs = run(comfy, first).outputs
-    shown = [
-        np.array(Image.open(comfy.output_dir / image["filename"]))
-        for image in outputs["look"]["images"]
-    ]
-    assert [image.shape for image in shown] == [(32, 64, 3)] * 4
-    for image in shown:  # the same pixels, rearranged
-        one, other = image[:, :32].reshape(-1, 3), image[:, 32:].reshape(-1, 3)
-        assert not np.array_equal(one, other)
-        assert sorted(map(tuple, one)) == sorted(map(tuple, other))
-
-    second = {
-        "stills": stills,
-        "cache": first["cache"],
-        "style": node(
-            "StyleMasterTrainStyle",
-            cache="@cache",
-            stage="style-images",
-            adapter="new",
-            global_projection="projection.safetensors",
-            **base,
-            **named("style"),
-        ),
-    }
-    run(comfy, second)
-    for name in ("stylemaster/projection", "stylemaster/style", "controlnet/tile"):
-        assert (comfy_models / f"{name}.safetensors").is_file(), name
-
-    shutil.copy(comfy.input_dir / "pictures" / "neon.png", comfy.input_dir / "style_0.png")
-    use = test_nodes.workflow(
-        frames=node("LoadImage", image="style_0.png"),
-        control=test_nodes.controlled(
-            frames="@frames", control_net_name="tile.safetensors", model="@apply:0"
-        ),
-        sample=test_nodes.sampled("control", latent="@latent"),
-        show=node("PreviewImage", images="@crop"),
-    )
-    use["adapter"]["inputs"]["adapter_name"] = "style.safetensors"
-    use["latent"]["inputs"] |= {"num_frames": 1, "width": 64, "height": 64}
-    assert run(comfy, use).outputs["show"]["images"]
 
 
 def test_missing_libraries_are_named(run_in_comfy):
