@@ -25,7 +25,7 @@ DEFAULT_FILES = {
     "image_encoder": "clip_vision/clip_vision_h.safetensors",
 }
 HELP = {
-    "sdxl": "folder of an SDXL pipeline in diffusers' format",
+    "sdxl": "SDXL: a single checkpoint file, or a folder in diffusers' format",
     "adapter": "StyleCrafter's adapter for SDXL",
     "image_encoder": "CLIP ViT-H/14 vision tower, file or folder",
 }
@@ -80,10 +80,27 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--models-dir", type=Path, help="default: $COMFYUI_PATH/models or ./models")
     for name, text in HELP.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="PATH", help=text)
+    group.add_argument(
+        "--lora",
+        action="append",
+        type=parse_lora,
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA for SDXL, merged at this strength (1); may be given several times",
+    )
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="result as one line of JSON")
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """Read FILE or FILE:SCALE; a colon that no number follows belongs to the path."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return Path(path or text), float(scale) if path else 1.0
+    except ValueError:
+        return Path(text), 1.0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,7 +137,8 @@ def run(args: argparse.Namespace) -> int:
         _say(args, "encoding the style")
         adapter = load_adapter(files["adapter"])
         styles = prepare_styles(adapter, _regions(args, adapter, files["image_encoder"], device))
-        pipe = load_sdxl(files["sdxl"], device=device, dtype=choose_dtype(args.dtype, device))
+        dtype = choose_dtype(args.dtype, device)
+        pipe = load_sdxl(files["sdxl"], device=device, dtype=dtype, loras=args.lora)
         bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
         with bar:
             picture = stylize_sdxl(

@@ -67,23 +67,49 @@ def load_adapter(path: Path) -> StyleCrafterSdxl:
     return load_stylecrafter_sdxl(weights, content.metadata)
 
 
-def load_sdxl(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load diffusers' SDXL pipeline from a folder; nothing is downloaded.
+def load_sdxl(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    loras: Sequence[tuple[Path, float]] = (),
+) -> Any:
+    """Load SDXL as a pipeline of diffusers; nothing is downloaded.
+
+    Args:
+        path: a single checkpoint file, or a folder of a diffusers pipeline.
+        device: where it runs.
+        dtype: of all but the VAE, which is float32.
+        loras: files with strengths, merged into the weights.
 
     Raises:
-        WeightsError: if the folder is missing, incomplete or of another pipeline.
+        WeightsError: if something is missing, incomplete or of another model.
     """
+    from ..models.sdxl_file import load_sdxl_file
+    from ..models.sdxl_lora import merge_lora
+
+    pipe = load_sdxl_file(path, dtype=dtype) if path.is_file() else _load_folder(path, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    # In float16 SDXL's VAE overflows.
+    pipe.vae.to(torch.float32)
+    for lora, scale in loras:
+        merge_lora(pipe, lora, scale)
+    return pipe.to(device)
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> Any:
     import json
 
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
         StableDiffusionXLPipeline,
     )
 
-    index = Path(path) / "model_index.json"
+    index = path / "model_index.json"
     if not index.is_file():
         raise WeightsError(
             f"{path} is no folder of a diffusers pipeline (model_index.json is missing); give a "
-            "folder such as a download of stabilityai/stable-diffusion-xl-base-1.0"
+            "single SDXL checkpoint, or a folder such as a download of "
+            "stabilityai/stable-diffusion-xl-base-1.0"
         )
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if name != "StableDiffusionXLPipeline":
@@ -91,15 +117,11 @@ def load_sdxl(path: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
             f"{path} is a {name}; StyleCrafter's adapter needs SDXL (StableDiffusionXLPipeline)"
         )
     try:
-        pipe = StableDiffusionXLPipeline.from_pretrained(
+        return StableDiffusionXLPipeline.from_pretrained(
             str(path), torch_dtype=dtype, local_files_only=True, add_watermarker=False
         )
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be loaded ({error}); download it again") from error
-    pipe.set_progress_bar_config(disable=True)
-    # In float16 SDXL's VAE overflows.
-    pipe.vae.to(torch.float32)
-    return pipe.to(device)
 
 
 @torch.no_grad()
@@ -129,7 +151,7 @@ def encode_style(
     pictures as in its video code.
     """
     encoder = load_image_encoder(image_encoder, device=device, dtype=torch.float32)
-    pixels = [clip_pixels(image, crop=crop)[None] for image in images]
+    pixels = [clip_pixels(image, crop=crop, size=encoder.image_size)[None] for image in images]
     features = [encoder.penultimate(picture).cpu() for picture in pixels]
     hashes = [hashlib.sha256(np.ascontiguousarray(i).tobytes()).hexdigest() for i in images]
     provenance: dict[str, object] = {

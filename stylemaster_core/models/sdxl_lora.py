@@ -1,0 +1,108 @@
+"""LoRA files of the community, merged into an SDXL pipeline of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightsError
+from ..weights.files import read_state_dict
+
+# Names of the two matrices and of alpha: kohya's, PEFT's, diffusers' older ones.
+_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
+_UP = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight")
+_PREFIXES = {
+    "unet": ("lora_unet_", "unet.", "diffusion_model."),
+    "text_encoder": ("lora_te1_", "text_encoder."),
+    "text_encoder_2": ("lora_te2_", "text_encoder_2."),
+}
+
+
+@torch.no_grad()
+def merge_lora(pipe: Any, path: Path, scale: float) -> None:
+    """Add a LoRA to the weights of a pipeline.
+
+    Args:
+        pipe: `StableDiffusionXLPipeline`, before any style.
+        path: .safetensors, with names of kohya's trainers, PEFT or diffusers; linear layers only.
+        scale: strength; 1 is the trained one, below 0 leads away from it.
+
+    Raises:
+        WeightsError: if the file holds no LoRA, one for another model, or parts other than linear
+            layers. Then nothing was changed.
+    """
+    pairs = _pairs(read_state_dict(path).tensors, path)
+    modules = dict(_modules(pipe))
+    unknown = sorted(set(pairs) - set(modules))
+    if unknown:
+        raise WeightsError(
+            f"{path}: {len(unknown)} of {len(pairs)} parts fit no linear layer of this SDXL "
+            f"({', '.join(unknown[:3])}, ...); give a LoRA for SDXL, on linear layers"
+        )
+    for name, (down, up, _) in pairs.items():
+        shape = tuple(modules[name].weight.shape)
+        if down.ndim != 2 or up.ndim != 2 or (up.shape[0], down.shape[1]) != shape:
+            raise WeightsError(
+                f"{path}: {name} is for a layer of [{up.shape[0]}, {down.shape[1]}], this SDXL has "
+                f"{list(shape)}; give a LoRA for SDXL"
+            )
+    for name, (down, up, alpha) in pairs.items():
+        weight = modules[name].weight
+        change = up.float() @ down.float() * (scale * alpha / down.shape[0])
+        weight.copy_(weight.float() + change.to(weight.device))
+
+
+def _pairs(tensors: Mapping[str, Tensor], path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Both matrices and alpha of each layer, by its name with underscores for dots."""
+    pairs = {}
+    rest = set(tensors)
+    for key in tensors:
+        for down, up in zip(_DOWN, _UP, strict=True):
+            name = key.removesuffix(down)
+            if name == key or name + up not in tensors:
+                continue
+            alpha = tensors.get(f"{name}.alpha")
+            rank = float(tensors[key].shape[0])
+            value = rank if alpha is None else float(alpha)
+            pairs[name.replace(".", "_")] = (tensors[key], tensors[name + up], value)
+            rest -= {key, name + up, f"{name}.alpha"}
+    if not pairs or rest:
+        left = ", ".join(sorted(rest)[:3]) or "nothing"
+        raise WeightsError(
+            f"{path} is no LoRA of pairs of matrices that is known here (left over: {left}); give "
+            "one with names of kohya's trainers, PEFT or diffusers"
+        )
+    return pairs
+
+
+def _modules(pipe: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """Linear layers by all names that files use for them."""
+    for part, prefixes in _PREFIXES.items():
+        for name, module in getattr(pipe, part).named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            names = [name, _original_name(name, pipe.unet)] if part == "unet" else [name]
+            if part != "unet":  # with and without the wrapper that some releases have
+                names.append(f"text_model.{name}")
+            for prefix in prefixes:
+                for used in names:
+                    yield (prefix + used).replace(".", "_"), module
+
+
+def _original_name(name: str, unet: Any) -> str:
+    """A layer of an attention under its name in the original code; others as they are."""
+    parts = name.split(".")
+    each = unet.config.layers_per_block + 1
+    if "attentions" not in parts:
+        return name
+    inner = ".".join(parts[parts.index("attentions") + 2 :])
+    if parts[0] == "mid_block":
+        return f"middle_block.1.{inner}"
+    block, attention = int(parts[1]), int(parts[3])
+    if parts[0] == "down_blocks":
+        return f"input_blocks.{1 + block * each + attention}.1.{inner}"
+    return f"output_blocks.{block * each + attention}.1.{inner}"
