@@ -36,13 +36,14 @@ from stylemaster_core.weights.shapes import (
 )
 from tests.comfy import server, small_models
 
-from .generate import machine_facts, write_json
+from .runner import add_output, check_output, machine_facts, run_benchmark
 
 INSIDE = Path(__file__).with_name("comfy_inside.py")
 FFN_WIDTHS = {256: 512, 1536: 8960}  # of the tests' small model, and of Wan 2.1 1.3B
 PARTS = ("speed", "costs", "memory", "server")
 GOAL = 1.03  # seconds of a step, ours against native
 LIMIT_S = 3600.0
+ERRORS = (StyleMasterError, server.ComfyUIError)
 SERVER_STEPS, INTERRUPTED_AFTER = 12, 2
 ADAPTER, TILE, PICTURE = "bench_adapter.safetensors", "bench_tile.safetensors", "bench_style.png"
 
@@ -344,8 +345,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="of each run")
     parser.add_argument("--repeat", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: all (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_output(parser)
     return parser.parse_args(argv)
 
 
@@ -367,13 +367,18 @@ def check_options(args: argparse.Namespace) -> server.Checkout:
     args.parts = list(dict.fromkeys(part.strip() for part in args.parts.split(",")))
     if not set(args.parts) <= set(PARTS):
         raise ConfigError(f"the parts {args.parts}: choose from {', '.join(PARTS)}")
-    if args.out is not None:
-        if args.out.exists() and not args.overwrite:
-            raise ConfigError(f"{args.out} exists; choose another name, or pass --overwrite")
-        if not args.out.absolute().parent.is_dir():
-            raise ConfigError(f"the folder of {args.out} does not exist; make it first")
-    if args.comfyui:
-        os.environ["COMFYUI_PATHS"] = args.comfyui
+    check_output(args)
+    return find_comfyui(args.comfyui)
+
+
+def find_comfyui(path: str | None) -> server.Checkout:
+    """The ComfyUI at a path, or as the tests find it.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if path:
+        os.environ["COMFYUI_PATHS"] = path
     try:
         found = server.find_comfyui()
     except server.ComfyUIError as error:
@@ -436,16 +441,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        report = benchmark(args)
-    except (StyleMasterError, server.ComfyUIError) as error:
-        sys.stderr.write(f"bench.comfy: {error}\n")
-        return 2
-    print_report(report)
-    if args.out is not None:
-        write_json(args.out, report)
-    return 0
+    return run_benchmark("bench.comfy", benchmark, print_report, parse_arguments(argv), ERRORS)
 
 
 if __name__ == "__main__":

@@ -7,28 +7,32 @@ Everything is built as the nodes build it: ComfyUI's loader makes the MODEL, our
 from __future__ import annotations
 
 import gc
-import json
 import math
-import resource
 import statistics
-import sys
 import time
-import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.ldm.wan.model
 import comfy.model_management
-import comfy.samplers
 import comfy.sd
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from custom_nodes_stylemaster.bench.comfy_measure import (
+    Setting,
+    Stopwatch,
+    compare,
+    draw,
+    memory,
+    run_part,
+    sampling_memory,
+)
 from custom_nodes_stylemaster.nodes import conditionings, native_wan, wan_patches
 from custom_nodes_stylemaster.nodes.apply_style import ApplyStyle
 from custom_nodes_stylemaster.nodes.block_styles import TokenGrid, block_styles
@@ -41,18 +45,11 @@ from custom_nodes_stylemaster.stylemaster_core.models.decoupled_attention import
 )
 from custom_nodes_stylemaster.stylemaster_core.models.style_tokens import Style
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 STYLE_TOKENS, STYLE_WIDTH = 16, 4096  # of the released adapter
 TEXT_TOKENS, TEXT_WIDTH = 512, 4096  # to which ComfyUI's UMT5 pads
 REAL_BLOCKS = 30
 TEXT_CFG, STYLE_CFG, SHIFT = 8.0, 3.0, 5.0
-
-Setting = types.SimpleNamespace
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def load_model(setting: Setting) -> Any:
@@ -91,96 +88,19 @@ def style_guider(model: Any, conds: Sequence[Any]) -> Any:
     return create_guider(model, conds[0], conds[1], conds[2], TEXT_CFG, STYLE_CFG)
 
 
-class Stopwatch:
-    """Notes seconds, CPU seconds and batch of each step that a guider takes."""
-
-    def __init__(self, guider: Any) -> None:
-        self.guider = guider
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-        self.rows: list[int] = []
-        self.predict = guider.predict_noise
-        guider.predict_noise = self._step
-        model = guider.model_patcher.clone()
-        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "bench", self._note_rows)
-        guider.model_patcher = model
-        guider.model_options = model.model_options
-
-    def _step(self, *args: Any, **kwargs: Any) -> Tensor:
-        started, cpu_started = time.perf_counter(), time.process_time()
-        denoised = self.predict(*args, **kwargs)
-        self.seconds.append(time.perf_counter() - started)
-        self.cpu_seconds.append(time.process_time() - cpu_started)
-        return denoised
-
-    def _note_rows(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.rows.append(x.shape[0])
-        return executor(x, *args, **kwargs)
-
-    def sample(self, setting: Setting, steps: int) -> None:
-        """Run Euler steps over the whole schedule."""
-        latents = draw(3, 1, 16, *setting.latents)
-        self.guider.sample(
-            latents,
-            torch.zeros_like(latents),
-            comfy.samplers.ksampler("euler"),
-            torch.linspace(1.0, 0.0, steps + 1),
-            disable_pbar=True,
-            seed=1,
-        )
-
-    def flop(self, setting: Setting) -> int:
-        """FLOP of one step: of matrix products and attention, as torch counts them."""
-        cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        known = {cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-        with FlopCounterMode(display=False, custom_mapping=known) as counter:
-            self.sample(setting, 1)
-        return counter.get_total_flops()
+def stopwatch(setting: Setting, guider: Any) -> Stopwatch:
+    return Stopwatch(guider, draw(3, 1, 16, *setting.latents))
 
 
 def speed(setting: Setting) -> dict[str, Any]:
-    """Interleaved rounds of both, first one first and then the other one first."""
     model = load_model(setting)
     styled, conds = apply_style(model, load_style_adapter(Path(setting.adapter)))
-    makers: dict[str, Callable[[], Any]] = {
-        "native": lambda: native_guider(model),
-        "ours": lambda: style_guider(styled, conds),
+    makers = {
+        "native": lambda: stopwatch(setting, native_guider(model)),
+        "ours": lambda: stopwatch(setting, style_guider(styled, conds)),
     }
-    flop, rows = {}, {}
-    for name, make in makers.items():  # warms up, too
-        watch = Stopwatch(make())
-        flop[name] = watch.flop(setting)
-        rows[name] = watch.rows
-    rounds: dict[str, list[Stopwatch]] = {name: [] for name in makers}
-    for number in range(setting.repeat):
-        for name in list(makers)[:: 1 if number % 2 else -1]:
-            watch = Stopwatch(makers[name]())
-            watch.sample(setting, setting.steps)
-            rounds[name].append(watch)
     dtype = str(wan_patches.compute_dtype(model.model)).removeprefix("torch.")
-    result: dict[str, Any] = {"dtype": dtype}
-    for name, watches in rounds.items():
-        seconds = [x for watch in watches for x in watch.seconds]
-        cpu_seconds = [x for watch in watches for x in watch.cpu_seconds]
-        result[name] = {
-            "seconds_per_step": statistics.median(seconds),
-            "cpu_seconds_per_step": statistics.median(cpu_seconds),
-            "tflop_per_step": flop[name] / 1e12,
-            "rows_per_model_call": rows[name],
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,
-        }
-    for ratio, key in (
-        ("seconds_ratio", "seconds_per_step"),
-        ("cpu_seconds_ratio", "cpu_seconds_per_step"),
-        ("flop_ratio", "tflop_per_step"),
-    ):
-        result[ratio] = result["ours"][key] / result["native"][key]
-    for key in ("seconds", "cpu_seconds"):
-        result[f"{key}_ratio_by_round"] = [
-            sum(getattr(ours, key)) / sum(getattr(native, key))
-            for native, ours in zip(rounds["native"], rounds["ours"], strict=True)
-        ]
+    result = {"dtype": dtype, **compare(makers, setting)}
     alone = style_alone(setting, model, conds)
     result["style_alone_cpu_seconds_per_step"] = alone
     result["style_alone_share"] = alone / result["native"]["cpu_seconds_per_step"]
@@ -289,7 +209,7 @@ def real_projections(setting: Setting) -> dict[str, Any]:
 
 def interruption(setting: Setting, styled: Any, conds: Sequence[Any]) -> dict[str, Any]:
     """How long the sampling goes on when it is interrupted right after a step has begun."""
-    watch = Stopwatch(style_guider(styled, conds))
+    watch = stopwatch(setting, style_guider(styled, conds))
     requested: list[float] = []
 
     def interrupt(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -300,7 +220,7 @@ def interruption(setting: Setting, styled: Any, conds: Sequence[Any]) -> dict[st
 
     watch.guider.model_patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "stop", interrupt)
     try:
-        watch.sample(setting, 4)
+        watch.sample(4)
     except comfy.model_management.InterruptProcessingException:
         waited = time.perf_counter() - requested[0]
     else:
@@ -323,8 +243,8 @@ def control(setting: Setting, styled: Any, conds: Sequence[Any]) -> dict[str, An
     given = [conditionings.controlled_conditioning(c, tile) for c in conds]
     calls: list[int] = []
     hook = network.model.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
-    watch = Stopwatch(style_guider(model, given))
-    watch.sample(setting, setting.steps)
+    watch = stopwatch(setting, style_guider(model, given))
+    watch.sample(setting.steps)
     hook.remove()
     return {
         "blocks": len(network.model.control_blocks),
@@ -332,57 +252,19 @@ def control(setting: Setting, styled: Any, conds: Sequence[Any]) -> dict[str, An
         "network_calls": len(calls),
         "rows_per_network_call": calls,
         "seconds_per_step": statistics.median(watch.seconds),
-        "tflop_per_step": Stopwatch(style_guider(model, given)).flop(setting) / 1e12,
+        "tflop_per_step": stopwatch(setting, style_guider(model, given)).flop() / 1e12,
     }
 
 
 def native_memory(setting: Setting) -> dict[str, Any]:
     model = load_model(setting)
-    return sampling_memory(setting, native_guider(model))
+    return sampling_memory(stopwatch(setting, native_guider(model)), setting.steps)
 
 
 def ours_memory(setting: Setting) -> dict[str, Any]:
     model = load_model(setting)
     styled, conds = apply_style(model, load_style_adapter(Path(setting.adapter)))
-    return sampling_memory(setting, style_guider(styled, conds))
-
-
-def sampling_memory(setting: Setting, guider: Any) -> dict[str, Any]:
-    gc.collect()
-    before = memory()
-    own_peak = reset_peak()
-    Stopwatch(guider).sample(setting, setting.steps)
-    return {
-        "before_bytes": before["resident"],
-        "peak_bytes": memory()["peak"],
-        "peak_of": "the sampling" if own_peak else "the process, with loading",
-    }
-
-
-def memory() -> dict[str, int]:
-    """Resident bytes of this process now, those of no file among them, and the most there were."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {
-            "resident": 0,
-            "anonymous": 0,
-            "peak": peak if sys.platform == "darwin" else 1024 * peak,
-        }
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return {
-        name: 1024 * int(lines[key].split()[0])
-        for name, key in (("resident", "VmRSS"), ("anonymous", "RssAnon"), ("peak", "VmHWM"))
-    }
-
-
-def reset_peak() -> bool:
-    """Let the peak count from now on; False where the system does not offer that."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+    return sampling_memory(stopwatch(setting, style_guider(styled, conds)), setting.steps)
 
 
 PARTS = {
@@ -393,15 +275,7 @@ PARTS = {
 }
 
 
-def main() -> None:
-    setting = Setting(**json.loads(sys.argv[1]))
+if __name__ == "__main__":
     # What a GPU uses. A CPU's default is slower, and our share of the step would look smaller.
     comfy.ldm.wan.model.optimized_attention = comfy.ldm.modules.attention.attention_pytorch
-    with torch.no_grad():
-        result = PARTS[setting.part](setting)
-    result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    sys.stdout.write("\n" + json.dumps(result) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    run_part(PARTS)

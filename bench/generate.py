@@ -11,25 +11,21 @@ import argparse
 import dataclasses
 import datetime
 import gc
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from stylemaster_core.errors import ConfigError, StyleMasterError
+from stylemaster_core.errors import ConfigError
 from stylemaster_core.layouts import SIZE_MULTIPLE, latent_shape
 from stylemaster_core.pipelines.models import choose_device, choose_dtype
 from stylemaster_core.sampling.schedules import in_range
 
+from .runner import add_output, check_output, machine_facts, run_benchmark
 from .workloads import (
     CPU_SETTING,
     PARTS,
@@ -203,26 +199,6 @@ def generations(rows: list[dict[str, Any]], setting: Setting, steps: int) -> dic
     }
 
 
-def machine_facts(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = platform.processor() or platform.machine()
-        cpu = Path("/proc/cpuinfo")
-        lines = cpu.read_text().splitlines() if cpu.is_file() else []
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    return {
-        "device": device.type,
-        "name": name,
-        "threads": torch.get_num_threads(),
-        # What else was running: well above 0 before the start, the numbers are of a shared machine.
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        **{x: importlib.metadata.version(x) for x in ("torch", "diffusers", "transformers")},
-    }
-
-
 def describe(setting: Setting) -> dict[str, Any]:
     latents = list(setting.latents)
     return dataclasses.asdict(setting) | {"latents": latents, "tokens": setting.tokens}
@@ -270,16 +246,6 @@ def print_generation(kind: str, seconds: dict[str, float] | None, steps: int) ->
         print(f"{task.replace('_', '-')}, {steps} steps, without loading: {value:.1f} s ({kind})")
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write beside the target, then rename: nothing half-written stays."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.generate", description=__doc__)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -291,8 +257,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", default=",".join(PARTS), help="default: all (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="timed runs after the first")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_output(parser)
     return parser.parse_args(argv)
 
 
@@ -339,12 +304,7 @@ def check_options(args: argparse.Namespace) -> None:
     """
     if args.steps < 1 or args.repeat < 1:
         raise ConfigError(f"--steps {args.steps}, --repeat {args.repeat}: at least 1 each")
-    if args.out is None:
-        return
-    if args.out.exists() and not args.overwrite:
-        raise ConfigError(f"{args.out} exists; choose another name, or pass --overwrite")
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {args.out} does not exist; make it first")
+    check_output(args)
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
@@ -397,16 +357,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        report = benchmark(args)
-    except StyleMasterError as error:
-        sys.stderr.write(f"bench.generate: {error}\n")
-        return 2
-    print_report(report)
-    if args.out is not None:
-        write_json(args.out, report)
-    return 0
+    return run_benchmark("bench.generate", benchmark, print_report, parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from stylemaster_core.training.style_modulation import create_style_trainer
 from stylemaster_core.training.synthetic import SyntheticWorld
 from stylemaster_core.training.trainer import Trainer
 
-from .generate import write_json
+from .runner import write_json
 
 COMMAND = "OMP_NUM_THREADS=1 python -m bench.learning_curves"
 WORLD = SyntheticWorld(size=(4, 4, 4))

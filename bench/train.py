@@ -15,7 +15,6 @@ import gc
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from stylemaster_core.errors import ConfigError, StyleMasterError
+from stylemaster_core.errors import ConfigError
 from stylemaster_core.pipelines.models import choose_device, choose_dtype
 from stylemaster_core.training.config import FlowConfig, RunConfig, TrainConfig
 from stylemaster_core.training.global_projection import create_projection_trainer
@@ -42,11 +41,10 @@ from .generate import (
     check_options,
     describe,
     dtype_name,
-    machine_facts,
     read_setting,
     timings,
-    write_json,
 )
+from .runner import add_output, machine_facts, run_benchmark
 from .workloads import REFERENCE, TEXT_LENGTH, TEXT_WIDTH, Setting
 
 TRAINERS = ("style", "motion", "control", "global-projection")
@@ -316,22 +314,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpointing", type=int, default=0, metavar="N", help="recompute every n-th block"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_output(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        report = benchmark(args)
-    except StyleMasterError as error:
-        sys.stderr.write(f"bench.train: {error}\n")
-        return 2
-    print_report(report)
-    if args.out is not None:
-        write_json(args.out, report)
-    return 0
+    return run_benchmark("bench.train", benchmark, print_report, parse_arguments(argv))
 
 
 if __name__ == "__main__":
