@@ -18,6 +18,7 @@ import torch
 from ..errors import WeightsError
 
 MERGES = Path(__file__).with_name("clip_tokens") / "merges.txt.xz"
+END = "<|endoftext|>"
 Configs = Mapping[str, Mapping[str, Any]]
 
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2, "pad_token_id": 1}
@@ -112,7 +113,6 @@ def load_sdxl_file(path: Path, *, dtype: torch.dtype, configs: Configs = SDXL) -
             f"{path} is no whole SDXL checkpoint (it lacks {', '.join(missing)}); give one with "
             "UNet, both text encoders and VAE, or a folder in diffusers' format"
         )
-    tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
     with tempfile.TemporaryDirectory() as folder:
         _write_configs(Path(folder), configs)
         try:
@@ -121,8 +121,6 @@ def load_sdxl_file(path: Path, *, dtype: torch.dtype, configs: Configs = SDXL) -
                 config=folder,
                 local_files_only=True,
                 torch_dtype=dtype,
-                tokenizer=tokenizer,
-                tokenizer_2=tokenizer_2,
                 add_watermarker=False,
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -132,22 +130,28 @@ def load_sdxl_file(path: Path, *, dtype: torch.dtype, configs: Configs = SDXL) -
             ) from error
 
 
-def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
-    """CLIP's tokenizer, built from the byte-pair merges that come with this package."""
-    from transformers import CLIPTokenizer
+def write_tokenizer(folder: Path, pad_token: str) -> None:
+    """Write CLIP's tokenizer as a folder, from the merges that come with this package."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     merges = lzma.decompress(MERGES.read_bytes()).decode().splitlines()
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(f"{x}</w>" for x in letters)]
     tokens += [merge.replace(" ", "") for merge in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)},
-        merges=[tuple(merge.split()) for merge in merges],
-        model_max_length=77,
-        pad_token=pad_token,
-    )
+    tokens += ["<|startoftext|>", END]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    options = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": "<|startoftext|>",
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": pad_token,
+    }
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
 
 
 def _write_configs(folder: Path, configs: Configs) -> None:
@@ -159,6 +163,7 @@ def _write_configs(folder: Path, configs: Configs) -> None:
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         (folder / part).mkdir()
         (folder / part / name).write_text(json.dumps({"_class_name": _CLASSES[part], **config}))
-    for part in ("tokenizer", "tokenizer_2"):
+    for part, pad_token in (("tokenizer", END), ("tokenizer_2", "!")):
         index[part] = ["transformers", "CLIPTokenizer"]
+        write_tokenizer(folder / part, pad_token)
     (folder / "model_index.json").write_text(json.dumps(index))

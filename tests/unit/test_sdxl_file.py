@@ -16,7 +16,7 @@ from stylemaster_core.cli import main
 from stylemaster_core.cli.stylize_sdxl import parse_lora
 from stylemaster_core.errors import WeightsError
 from stylemaster_core.models import sdxl_file
-from stylemaster_core.models.sdxl_file import SDXL, clip_tokenizer, load_sdxl_file
+from stylemaster_core.models.sdxl_file import SDXL, load_sdxl_file
 from stylemaster_core.models.sdxl_lora import merge_lora
 from stylemaster_core.models.small import draw_weights
 from stylemaster_core.models.small_sdxl import TIME_WIDTH, UNET, VAE, write_small_sdxl
@@ -176,12 +176,13 @@ def test_every_part_is_read_without_the_network(checkpoint, parts, offline):
     assert pipe.scheduler.config.timestep_spacing == "leading"
 
 
-def test_the_tokenizer_is_clips():
+def test_the_tokenizers_are_clips(checkpoint):
     """Numbers as in its vocabulary; the second text encoder's is padded with "!"."""
-    first, second = clip_tokenizer(), clip_tokenizer(pad_token="!")
-    ids = first("A photo of a cat", padding="max_length").input_ids
+    pipe = load_sdxl_file(checkpoint, dtype=torch.float32, configs=SMALL)
+    ids = pipe.tokenizer("A photo of a cat", padding="max_length").input_ids
     assert ids == [49406, 320, 1125, 539, 320, 2368] + [49407] * 71
-    assert second("a cat", padding="max_length").input_ids == [49406, 320, 2368, 49407] + [0] * 73
+    ids = pipe.tokenizer_2("a cat", padding="max_length").input_ids
+    assert ids == [49406, 320, 2368, 49407] + [0] * 73
 
 
 def test_another_file_is_refused_in_words(tmp_path, checkpoint):
