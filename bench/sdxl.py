@@ -210,7 +210,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--comfyui", metavar="PATH", help="default: as the tests find it")
     parser.add_argument("--width", type=int, default=320, help="of the first level")
     parser.add_argument("--layers", type=int, default=2, help="at the lowest level; 10 is SDXL's")
-    parser.add_argument("--size", type=int, default=512, help="height and width, px")
+    parser.add_argument("--size", type=int, default=256, help="height and width, px")
     parser.add_argument("--steps", type=int, default=2, help="of each run")
     parser.add_argument("--repeat", type=int, default=3, help="interleaved rounds")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: all (%(default)s)")
