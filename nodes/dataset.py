@@ -200,6 +200,7 @@ class IllusionDataset(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**31 - 1,
+                    control_after_generate=False,  # an interrupted run goes on with its own seed
                     tooltip="Of the choice of pictures and rearrangements.",
                 ),
             ],

@@ -133,6 +133,7 @@ def _trainer_schema(
             default=0,
             min=0,
             max=2**31 - 1,
+            control_after_generate=False,  # a run goes on with its own seed alone
             tooltip="Of new weights, order of samples, noise and dropout.",
         ),
         io.Int.Input(

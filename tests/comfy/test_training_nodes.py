@@ -441,6 +441,14 @@ def test_what_cannot_work_is_refused(comfy, key, inputs, reason):
     assert not (comfy.base / "stolen").exists()
 
 
+def test_a_seed_stays_from_one_run_to_the_next(comfy):
+    """The editor changes an input named `seed` after each run unless told not to."""
+    nodes = {f"StyleMasterTrain{name}" for name in CASES} | {"StyleMasterIllusionDataset"}
+    info = comfy.object_info()
+    for name in nodes:
+        assert info[name]["input"]["required"]["seed"][1]["control_after_generate"] is False
+
+
 def test_missing_libraries_are_named(run_in_comfy):
     said = run_in_comfy(
         """
