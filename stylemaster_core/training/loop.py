@@ -288,7 +288,8 @@ class _Loop:
         device = self.accelerator.device
         tensors = {k: v.to(device, non_blocking=True) for k, v in batch.tensors.items()}
         try:
-            return self.model(tensors).float()
+            with self.accelerator.autocast():
+                return self.model(tensors).float()
         except LayoutError as error:
             raise LayoutError(f"step {step}, samples {', '.join(batch.names)}: {error}") from error
 

@@ -13,7 +13,8 @@ from .config import TrainConfig
 def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
     """Whether the weights are to be spread over processes, so that each holds a part alone.
 
-    FSDP has been run and is tested on CPUs with two processes; DeepSpeed has never been run.
+    Both have been run on two CPU processes alone (tests), DeepSpeed at ZeRO 2. DeepSpeed steps
+    within the backward pass: a loss that is not finite stops it one step late.
 
     Raises:
         UnsupportedHostError: for what cannot work then.
@@ -31,6 +32,8 @@ def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
     if kind == "DEEPSPEED":
         settings = state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = run.batch_size
+        settings["gradient_accumulation_steps"] = run.accumulation
+        settings["gradient_clipping"] = config.optimizer.clip_norm
     if (kind == "FSDP" and state.fsdp_plugin.fsdp_version != 2) or (
         kind == "DEEPSPEED" and state.deepspeed_plugin.zero_stage == 3
     ):
@@ -38,6 +41,9 @@ def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
             f"this kind of {kind} leaves no tensor whole to write; use FSDP with fsdp_version: 2, "
             "DeepSpeed ZeRO 1 or 2, or plain data parallelism"
         )
+    if kind == "FSDP":
+        # Its own policy would round the latents and the loss to bfloat16; autocast does not.
+        state.fsdp_plugin.mixed_precision_policy = None
     return True
 
 
