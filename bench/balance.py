@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -114,7 +115,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     check_output(args)
     if args.num < 2:
         raise ConfigError(f"--num {args.num}; at least two styles are needed")
-    models = Models(tiny_files(args.weights, stylecrafter=True), device="cpu", keep_loaded=True)
+    files = tiny_files(args.weights, stylecrafter=True)
+    models = Models(files, device="cpu", keep_loaded=True)
     judge = clip_embedder(load_image_encoder(args.weights / "judge"))
     held_out = draw_held_out(args.num, judge, SEED)
     references = [reference[0] for reference in held_out.references]
@@ -129,6 +131,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "machine": {key: machine_facts(torch.device("cpu"))[key] for key in ("name", "torch")},
         "setting": {"num": args.num, "steps": args.steps, "size": SIDE_PX, "seed": SEED},
+        "adapter_sha256": hashlib.sha256(files.need("adapter", "This").read_bytes()).hexdigest(),
         "scales": spread(gains),
         "paper": {name: {"text": t, "style": s} for name, (t, s) in PAPER.items()},
     }
@@ -167,7 +170,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.balance", description=__doc__)
-    parser.add_argument("--num", type=int, default=32, help="held-out styles")
+    parser.add_argument("--num", type=int, default=16, help="held-out styles")
     parser.add_argument("--steps", type=int, default=SETTINGS["num_steps"])
     parser.add_argument("--weights", type=Path, default=FOLDER, help="folder of the small model")
     add_output(parser)

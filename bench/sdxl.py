@@ -211,7 +211,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=320, help="of the first level")
     parser.add_argument("--layers", type=int, default=2, help="at the lowest level; 10 is SDXL's")
     parser.add_argument("--size", type=int, default=256, help="height and width, px")
-    parser.add_argument("--steps", type=int, default=2, help="of each run")
+    parser.add_argument("--steps", type=int, default=1, help="of each run")
     parser.add_argument("--repeat", type=int, default=3, help="interleaved rounds")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: all (%(default)s)")
     add_output(parser)
