@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Below ComfyUI's models folder.
 DEFAULT_FILES = {
-    "sdxl": "diffusers/stable-diffusion-xl-base-1.0",
+    "sdxl": "checkpoints/sd_xl_base_1.0.safetensors",
     "adapter": "stylecrafter/stylecrafter_sdxl.safetensors",
     "image_encoder": "clip_vision/clip_vision_h.safetensors",
 }

@@ -39,7 +39,7 @@ def test_report(tmp_path):
         found = report[name]
         assert found["no style"]["luma_to_no_style"] == pytest.approx(1)
         change = found["switched_off"]["change"]["colour"]
-        assert change == found[OFF]["colour"] - found[PREDICTED]["colour"] != 0
+        assert change == found[OFF]["colour"] - found[PREDICTED]["colour"]
 
 
 def test_options_that_cannot_work(tmp_path, capsys):
