@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import comfy.sd
 from comfy_api.latest import io
@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..stylemaster_core.errors import WeightsError
 from ..stylemaster_core.models.motion_adapter import load_motion_adapter
 from ..stylemaster_core.pipelines.tiny import FOLDER, tiny_files
-from .loaders import load_style_adapter, read_kind
+from .loaders import load_adapter, read_kind
 from .native_tiny import (
     load_native_image_encoder,
     load_native_patch_vae,
@@ -25,20 +25,24 @@ from .sockets import (
     MotionAdapterSocket,
     StyleAdapter,
     StyleAdapterSocket,
+    StyleCrafterAdapter,
     schema,
 )
 
+Method = Literal["StyleMaster", "StyleCrafter"]
 
-def load_tiny(folder: Path = FOLDER) -> tuple[Any, ...]:
+
+def load_tiny(method: Method = "StyleMaster", folder: Path = FOLDER) -> tuple[Any, ...]:
     """The small model as ComfyUI's own objects, in the order of the node's outputs.
 
     Args:
+        method: whose adapter and LoRA it gets; the other parts are the same.
         folder: where its files are.
 
     Raises:
         WeightsError: if a file is missing, damaged or of another kind.
     """
-    files = tiny_files(folder)
+    files = tiny_files(folder, stylecrafter=method == "StyleCrafter")
 
     def tensors(name: str, kind: Any, what: str) -> Any:
         return read_kind(files.need(name, "stylemaster-tiny"), kind, what)[0]
@@ -53,7 +57,7 @@ def load_tiny(folder: Path = FOLDER) -> tuple[Any, ...]:
         load_native_text_encoder(files.need("text_encoder", "A prompt")),
         load_native_patch_vae(files.need("vae", "A video")),
         load_native_image_encoder(files.need("image_encoder", "A style picture")),
-        _in_float32(load_style_adapter(files.need("adapter", "A style"))),
+        _in_float32(load_adapter(files.need("adapter", "A style"))),
         load_native_controlnet(
             tensors("controlnet", "gray_tile_controlnet", "gray-tile ControlNet")
         ),
@@ -61,8 +65,12 @@ def load_tiny(folder: Path = FOLDER) -> tuple[Any, ...]:
     )
 
 
-def _in_float32(adapter: StyleAdapter) -> StyleAdapter:
+def _in_float32(
+    adapter: StyleAdapter | StyleCrafterAdapter,
+) -> StyleAdapter | StyleCrafterAdapter:
     # Small enough to do what the command line does: keys and values are made on the CPU.
+    if isinstance(adapter, StyleCrafterAdapter):
+        return dataclasses.replace(adapter, layers=adapter.layers.float())
     return dataclasses.replace(adapter, attention=adapter.attention.float())
 
 
@@ -77,8 +85,18 @@ class LoadTiny(io.ComfyNode):
             description="Loads stylemaster-tiny, a small trained model that comes with this pack: "
             "restyles small videos (about 128 pixels high) in seconds on any computer, without "
             "downloads. To see how everything works; for quality take the released weights.",
-            search_aliases=["small model", "demo", "tiny", "no download", "cpu"],
-            inputs=[],
+            search_aliases=["small model", "demo", "tiny", "no download", "cpu", "stylecrafter"],
+            inputs=[
+                io.Combo.Input(
+                    "method",
+                    options=list(get_args(Method)),
+                    default="StyleMaster",
+                    optional=True,  # workflows from before it do not name it
+                    tooltip="Whose adapter and LoRA: StyleMaster's chooses textures and a global "
+                    "style, StyleCrafter's predicts a strength for each layer. All else is the "
+                    "same.",
+                )
+            ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="A small Wan 2.1 for Apply Style."),
                 io.Clip.Output(
@@ -91,26 +109,29 @@ class LoadTiny(io.ComfyNode):
                 ),
                 io.ClipVision.Output(display_name="clip_vision", tooltip="For StyleEncoder."),
                 StyleAdapterSocket.Output(
-                    display_name="adapter", tooltip="For TextureSelector and Apply Style."
+                    display_name="adapter",
+                    tooltip="For TextureSelector and Apply Style; StyleCrafter's for Show Scales, "
+                    "too.",
                 ),
                 ControlNetSocket.Output(
                     display_name="control_net", tooltip="For control_net of GrayTileControl."
                 ),
                 MotionAdapterSocket.Output(
                     display_name="motion_adapter",
-                    tooltip="For motion_adapter of MotionAdapterLoader.",
+                    tooltip="For motion_adapter of MotionAdapterLoader; StyleCrafter's LoRA for "
+                    "videos at motion_scale 1.",
                 ),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls) -> str:
+    def fingerprint_inputs(cls, **_inputs: Any) -> str:
         files = [path for path in sorted(FOLDER.rglob("*")) if path.is_file()]
         return " ".join(fingerprint(path) for path in files)
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_tiny())
+    def execute(cls, method: Method = "StyleMaster") -> io.NodeOutput:
+        return io.NodeOutput(*load_tiny(method))
 
 
 NODES = [LoadTiny]
