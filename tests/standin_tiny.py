@@ -22,10 +22,13 @@ from stylemaster_core.weights.shapes import (
     AdapterSizes,
     ControlNetSizes,
     Shape,
+    StyleCrafterSizes,
+    StyleCrafterWanSizes,
     WanSizes,
     expected_adapter_shapes,
     expected_base_shapes,
     expected_controlnet_shapes,
+    expected_stylecrafter_wan_shapes,
 )
 
 WIDTH, FFN_WIDTH, NUM_BLOCKS, TEXT_WIDTH = 256, 768, 6, 4096
@@ -37,6 +40,7 @@ def is_shipped() -> bool:
     """Whether the trained weights are there."""
     try:
         tiny_files()
+        tiny_files(stylecrafter=True)
     except WeightsError:
         return False
     return True
@@ -71,12 +75,27 @@ def write_standin(folder: Path) -> Path:
         patch_width=CLIP_WIDTH,
         global_width=CLIP_PROJECTION,
     )
+    encoder = StyleCrafterSizes(
+        feature_width=CLIP_WIDTH,
+        style_width=WIDTH,
+        text_width=TEXT_WIDTH,
+        num_layers=2,
+        num_scales=NUM_BLOCKS,
+        scale_width=STYLE_WIDTH,
+    )
+    stylecrafter = StyleCrafterWanSizes(encoder, WIDTH, norm_style=True)
     control = ControlNetSizes(WIDTH, FFN_WIDTH, NUM_BLOCKS // 2, TEXT_WIDTH)
     folder.mkdir(parents=True)
     _write(folder / "transformer.safetensors", expected_base_shapes(base), 0)
     _write(folder / "style_adapter.safetensors", expected_adapter_shapes(adapter), 1)
     _write(folder / "controlnet.safetensors", expected_controlnet_shapes(control), 2)
     _write(folder / "motion_adapter.safetensors", _motion_shapes(), 3)
+    _write(
+        folder / "stylecrafter_adapter.safetensors",
+        expected_stylecrafter_wan_shapes(stylecrafter),
+        6,
+    )
+    _write(folder / "stylecrafter_video_lora.safetensors", _motion_shapes(), 7)
     _write_vae(folder / "vae.safetensors")
     _write_image_encoder(folder / "image_encoder")
     (folder / "text_encoder.json").write_text(json.dumps(WORDS))

@@ -15,11 +15,16 @@ from tests.comfy import small_models
 FOLDER = Path(__file__).parents[2] / "workflows"
 WIDTH, HEIGHT, FRAMES, LONG_FRAMES = 64, 48, 5, 17
 STEPS = 2
-TINY = "tiny_video_to_video"  # brings its own models; see test_tiny.py
+# They bring their own models; see test_tiny.py.
+TINY = ("tiny_video_to_video", "stylecrafter_tiny_video", "two_methods_side_by_side")
+SDXL = "sdxl_image_in_a_style"
+SDXL_SIDE = 64
 
 # By class of the node: the inputs that decide about size and time.
 _SMALL: dict[str, dict[str, Any]] = {
     "StyleMasterSampler": {"steps": STEPS},
+    "BasicScheduler": {"steps": STEPS},
+    "EmptyLatentImage": {"width": SDXL_SIDE, "height": SDXL_SIDE},
     "ImageScale": {"width": WIDTH, "height": HEIGHT},
     "ImageScaleToTotalPixels": {"megapixels": 0.01},
     "ImageFromBatch": {"length": FRAMES},
@@ -34,11 +39,7 @@ def names() -> list[str]:
 
 def sampling_names() -> list[str]:
     """Those that make pictures or videos with models of the user; the others train."""
-    return [name for name in names() if _has(load(name), "StyleMasterSampler") and name != TINY]
-
-
-def _has(workflow: Mapping[str, Any], class_type: str) -> bool:
-    return any(node["class_type"] == class_type for node in workflow.values())
+    return [name for name in names() if name not in TINY and not name.startswith("train_")]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -88,6 +89,8 @@ def write_models(models_dir: Path) -> None:
         models_dir / "controlnet" / "stylemaster_controlnet.safetensors",
     )
     save(_motion_weights(), models_dir / "loras" / "stylemaster_motion.safetensors")
+    weights, heads = small_models.sdxl_adapter()
+    save(weights, models_dir / "stylecrafter" / "stylecrafter_sdxl.safetensors", heads)
     kept = ours / "styles" / "blend_00001_.safetensors"
     if not kept.exists():
         tokens = small_models.LOCAL_TOKENS + small_models.GLOBAL_TOKENS

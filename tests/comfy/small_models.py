@@ -20,10 +20,12 @@ NUM_BLOCKS = 4
 TEXT_WIDTH = 4096
 CLIP_WIDTH = 80  # the defaults of StubCLIPVisionLoader
 CLIP_PROJECTION = 48
+SDXL_CLIP_WIDTH = 40  # of the recorded adapter for SDXL
 LOCAL_TOKENS = 2
 GLOBAL_TOKENS = 4
 VAE_WIDTH = 8
 
+RECORDED_SDXL = Path(__file__).parents[1] / "golden" / "stylecrafter" / "x3_sdxl_unet.safetensors"
 TRANSFORMER_FILE = "wan_small.safetensors"
 VAE_FILE = "wan_vae_small.safetensors"
 
@@ -34,11 +36,11 @@ def write_small_models(models_dir: Path) -> None:
     save(vae_weights(), models_dir / "vae" / VAE_FILE)
 
 
-def save(weights: Mapping[str, Tensor], path: Path) -> None:
+def save(weights: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata)
 
 
 def wan_weights(seed: int = 0) -> dict[str, Tensor]:
@@ -76,6 +78,19 @@ def controlnet_weights(seed: int = 2) -> dict[str, Tensor]:
     return _random(expected_controlnet_shapes(sizes), seed)
 
 
+def sdxl_adapter() -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The recorded StyleCrafter adapter for the small SDXL UNet, and its heads."""
+    from safetensors.torch import load_file
+
+    recorded = load_file(RECORDED_SDXL)
+    weights = {
+        key.removeprefix("adapter."): value
+        for key, value in recorded.items()
+        if key.startswith("adapter.")
+    }
+    return weights, {"style_num_heads": "5", "scale_num_heads": "2"}
+
+
 def vae_weights(seed: int = 3) -> dict[str, Tensor]:
     """A Wan VAE of base width 8 with ComfyUI's keys, 4 MB."""
     from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
@@ -94,15 +109,19 @@ def with_stub_loaders(workflow: Mapping[str, Any]) -> dict[str, Any]:
     So that a workflow made for real models runs as it is, all other nodes untouched.
     """
     workflow = copy.deepcopy(dict(workflow))
+    stubs = dict(_STUB_LOADERS)
+    if any(node["class_type"] == "CheckpointLoaderSimple" for node in workflow.values()):
+        stubs["CLIPVisionLoader"] = ("StubCLIPVisionLoader", {"width": SDXL_CLIP_WIDTH})
     for node in workflow.values():
-        stub = _STUB_LOADERS.get(node["class_type"])
+        stub = stubs.get(node["class_type"])
         if stub is not None:
             node["class_type"], node["inputs"] = stub[0], dict(stub[1])
     return workflow
 
 
-_STUB_LOADERS: dict[str, tuple[str, dict[str, str]]] = {
+_STUB_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UNETLoader": ("UNETLoader", {"unet_name": TRANSFORMER_FILE, "weight_dtype": "default"}),
+    "CheckpointLoaderSimple": ("StubCheckpointLoader", {}),
     "CLIPLoader": ("StubTextEncoderLoader", {}),
     "CLIPVisionLoader": ("StubCLIPVisionLoader", {}),
     "VAELoader": ("StubVAELoader", {"vae_name": VAE_FILE}),

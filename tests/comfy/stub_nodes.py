@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import zlib
+from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
@@ -23,8 +25,13 @@ TEXT_TOKENS = 512  # to which its UMT5 pads
 class HashedWordsCLIP:
     """Answers what CLIPTextEncode asks: each word is a fixed random vector, and no weights."""
 
+    def __init__(
+        self, tokens: int = TEXT_TOKENS, width: int = TEXT_WIDTH, pooled_width: int = 0
+    ) -> None:
+        self.shape, self.pooled_width = (tokens, width), pooled_width
+
     def tokenize(self, text: str, **_options: object) -> list[str]:
-        return [*text.lower().split()[: TEXT_TOKENS - 1], "</s>"]
+        return [*text.lower().split()[: self.shape[0] - 1], "</s>"]
 
     def encode_from_tokens_scheduled(
         self,
@@ -33,11 +40,12 @@ class HashedWordsCLIP:
         add_dict: dict | None = None,
         **_: object,
     ) -> list:
-        features = torch.zeros(1, TEXT_TOKENS, TEXT_WIDTH)
+        features = torch.zeros(1, *self.shape)
         for place, word in enumerate(tokens):
             generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
-            features[0, place] = torch.randn(TEXT_WIDTH, generator=generator)
-        return [[features, {"pooled_output": None, **(add_dict or {})}]]
+            features[0, place] = torch.randn(self.shape[1], generator=generator)
+        pooled = features.mean(1)[:, : self.pooled_width] if self.pooled_width else None
+        return [[features, {"pooled_output": pooled, **(add_dict or {})}]]
 
 
 class StubTextEncoderLoader:
@@ -125,6 +133,34 @@ class StubVAELoader:
             comfy.ldm.wan.vae.WanVAE = original
 
 
+class StubCheckpointLoader:
+    """In the place of CheckpointLoaderSimple: the small SDXL UNet of the recorded numbers."""
+
+    CATEGORY = "stub"
+    FUNCTION = "load"
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def load(self) -> tuple:
+        sys.path.append(str(Path(__file__).resolve().parent))  # after ComfyUI's own `server`
+        from scripts import golden_sdxl as sdxl
+
+        _, tokens, width = sdxl.tensors["prompt_embeds"].shape
+        clip = HashedWordsCLIP(tokens, width, sdxl.tensors["pooled"].shape[1])
+        return (sdxl.load_model(), clip, EnlargingVAE())
+
+
+class EnlargingVAE:
+    """Answers what VAEDecode asks: three channels of the latents, as large as the picture."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        pixels = torch.nn.functional.interpolate(latents[:, :3], scale_factor=8)
+        return pixels.movedim(1, -1).sigmoid()
+
+
 class StubCompare:
     """How far two images or latents are from each other, as an output that tests can read."""
 
@@ -153,5 +189,11 @@ class StubCompare:
 
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
-    for node in (StubTextEncoderLoader, StubCLIPVisionLoader, StubVAELoader, StubCompare)
+    for node in (
+        StubCheckpointLoader,
+        StubTextEncoderLoader,
+        StubCLIPVisionLoader,
+        StubVAELoader,
+        StubCompare,
+    )
 }

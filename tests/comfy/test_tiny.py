@@ -1,8 +1,9 @@
-"""stylemaster-tiny in a real ComfyUI that has no other model: its template, and its parts."""
+"""stylemaster-tiny in a real ComfyUI that has no other model: its templates, and its parts."""
 
 from __future__ import annotations
 
 import io
+from functools import cache
 from typing import Any
 
 import av
@@ -12,8 +13,9 @@ from PIL import Image
 
 from stylemaster_core.data.demo_scene import write_demo_inputs
 from stylemaster_core.data.videos import read_video
-from stylemaster_core.pipelines.encode_style import encode_style
+from stylemaster_core.pipelines.encode_style import encode_style, encode_stylecrafter
 from stylemaster_core.pipelines.models import ModelFiles, Models
+from stylemaster_core.pipelines.pictures import contact_sheet
 from stylemaster_core.pipelines.stylize import StylizeConfig, stylize
 from stylemaster_core.pipelines.tiny import SETTINGS, tiny_files
 from tests.comfy import browser, server, shipped_workflows
@@ -25,6 +27,17 @@ SEED = 3
 STEPS = 12
 FRAMES = 9
 ROUNDING = 1  # sums of floats depend on where in memory the numbers lie
+PROMPT = "a sailing boat in a bay at sunset"
+STYLECRAFTER, BOTH = "stylecrafter_tiny_video", "two_methods_side_by_side"
+# For each template: the node that cuts a result, the node that saves it, and its method.
+RESULTS = {
+    "tiny_video_to_video": [("Cut back", "Result", "StyleMaster")],
+    STYLECRAFTER: [("Cut back", "Result", "StyleCrafter")],
+    BOTH: [
+        (f"Cut back ({method})", f"Result ({method})", method)
+        for method in ("StyleMaster", "StyleCrafter")
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +55,13 @@ def comfy(comfy_checkout, pack, tmp_path_factory):
         yield running
 
 
-def template(**changes: dict[str, Any]) -> dict[str, Any]:
-    """The shipped template, only shorter, after changes to nodes of these titles."""
-    workflow = shipped_workflows.load(shipped_workflows.TINY)
-    shorter = {"Sample": {"seed": SEED, "steps": STEPS}, "First 33 frames": {"length": FRAMES}}
-    for title, inputs in {**shorter, **changes}.items():
+def template(name: str = "tiny_video_to_video", **changes: dict[str, Any]) -> dict[str, Any]:
+    """A shipped template, only shorter, after changes to nodes of these titles."""
+    workflow = shipped_workflows.load(name)
+    for node in workflow.values():
+        if node["class_type"] == "StyleMasterSampler":
+            node["inputs"] |= {"seed": SEED, "steps": STEPS}
+    for title, inputs in {"First 33 frames": {"length": FRAMES}, **changes}.items():
         workflow[node_titled(workflow, title)]["inputs"] |= inputs
     return workflow
 
@@ -60,8 +75,13 @@ def run(comfy, workflow) -> dict[str, Any]:
 def frames_of(comfy, workflow, node: str, output: int = 0) -> np.ndarray:
     """IMAGE of a node as uint8, through PNG files."""
     preview = {"class_type": "PreviewImage", "inputs": {"images": [node, output]}}
-    files = run(comfy, {**workflow, "seen": preview})["seen"]["images"]
-    return np.stack([np.asarray(Image.open(io.BytesIO(comfy.view(file)))) for file in files])
+    return pictures(comfy, run(comfy, {**workflow, "seen": preview})["seen"])
+
+
+def pictures(comfy, outputs: dict[str, Any]) -> np.ndarray:
+    """What a node saved or shows, uint8 [N, H, W, 3]."""
+    files = [comfy.view(file) for file in outputs["images"]]
+    return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
 
 
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
@@ -69,66 +89,131 @@ def psnr(first: np.ndarray, second: np.ndarray) -> float:
     return float(-10 * np.log10(((first / 255.0 - second / 255.0) ** 2).mean() + 1e-12))
 
 
-def test_its_template_runs_to_the_video_of_the_core(comfy, pack):
-    workflow = template()
-    crop = node_titled(workflow, "Cut back")
-    frames = frames_of(comfy, workflow, crop)
-    (file,) = run(comfy, template())[node_titled(workflow, "Result")]["images"]
-    with av.open(io.BytesIO(comfy.view(file))) as container:
-        assert sum(1 for _ in container.decode(video=0)) == len(frames)
+@pytest.fixture(scope="module")
+def of_the_core(comfy, pack):
+    """The video of a method by the command line's pipeline, of the clip that templates name."""
 
-    clip = read_video(comfy.input_dir / "stylemaster_clip.mp4").frames[:FRAMES]
-    prompt = workflow[node_titled(workflow, "Prompt")]["inputs"]["text"]
-    files = vars(tiny_files(pack / "stylemaster_core" / "tiny")) | {"motion_adapter": None}
-    models = Models(ModelFiles(**files), device="cpu")
-    picture = np.asarray(Image.open(comfy.input_dir / "stylemaster_mosaic.png").convert("RGB"))
-    style = encode_style(models, picture, prompt).style
-    settings = {**SETTINGS, "num_steps": STEPS, "seed": SEED, "prompt": prompt}
-    config = StylizeConfig("video-to-video", **settings)
-    ours = stylize(models, style, config, frames=clip).frames
-    assert ours.std() > 5
-    assert psnr(frames, ours) >= 40
-    other = stylize(models, None, config, frames=clip).frames
-    assert psnr(frames, other) < 30
+    @cache
+    def video(method: str, *, styled: bool = True) -> np.ndarray:
+        folder = pack / "stylemaster_core" / "tiny"
+        if method == "StyleCrafter":
+            models = Models(tiny_files(folder, stylecrafter=True), device="cpu")
+            style = encode_stylecrafter(models, [style_picture(comfy)])
+        else:
+            files = vars(tiny_files(folder)) | {"motion_adapter": None}
+            models = Models(ModelFiles(**files), device="cpu")
+            style = encode_style(models, style_picture(comfy), PROMPT).style
+        settings = {**SETTINGS, "num_steps": STEPS, "seed": SEED, "prompt": PROMPT}
+        config = StylizeConfig("video-to-video", **settings)
+        return stylize(models, style if styled else None, config, frames=content(comfy)).frames
+
+    return video
+
+
+def style_picture(comfy) -> np.ndarray:
+    return np.asarray(Image.open(comfy.input_dir / "stylemaster_mosaic.png").convert("RGB"))
+
+
+def content(comfy) -> np.ndarray:
+    return read_video(comfy.input_dir / "stylemaster_clip.mp4").frames[:FRAMES]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_template_runs_to_the_video_of_the_core(comfy, of_the_core, name):
+    workflow = template(name)
+    assert workflow[node_titled(workflow, "Prompt")]["inputs"]["text"] == PROMPT
+    for cut, saved, method in RESULTS[name]:
+        frames = frames_of(comfy, workflow, node_titled(workflow, cut))
+        (file,) = run(comfy, workflow)[node_titled(workflow, saved)]["images"]
+        with av.open(io.BytesIO(comfy.view(file))) as container:
+            assert sum(1 for _ in container.decode(video=0)) == len(frames)
+        assert frames.std() > 5
+        assert psnr(frames, of_the_core(method)) >= 40
+        assert psnr(frames, of_the_core(method, styled=False)) < 30
+
+
+def test_the_comparison_shows_both_methods(comfy, of_the_core):
+    workflow = template(BOTH)
+    seen = pictures(comfy, run(comfy, workflow)[node_titled(workflow, "Comparison")])
+    inputs = workflow[node_titled(workflow, "Side by side")]["inputs"]
+    shown = np.linspace(0, FRAMES - 1, inputs["columns"]).round().astype(int)
+    rows = {"content": content(comfy)}
+    rows |= {method: of_the_core(method) for method in ("StyleMaster", "StyleCrafter")}
+    sheet = [("reference", [style_picture(comfy)])]
+    sheet += [(label, list(frames[shown])) for label, frames in rows.items()]
+    assert psnr(seen, contact_sheet(sheet, inputs["side"])[None]) >= 40
 
 
 @pytest.mark.skipif(
     browser.find_chromium() is None, reason="no Chromium found: install it or set CHROMIUM_PATH"
 )
-def test_it_runs_in_the_browser(comfy):
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_template_runs_in_the_browser(comfy, name):
     pytest.importorskip("playwright", reason="the browser tests need `pip install playwright`")
+    workflow = small(name)
     with browser.open_ui(comfy.url) as ui:
-        ui.load(small())
+        ui.load(workflow)
         ui.fit()  # what is out of sight is not drawn
         assert ui.missing_nodes() == [] and ui.alerts() == []
         ui.queue()
-        result = ui.page.locator('video[src*="tiny_video_to_video"]').first
-        result.wait_for(state="attached", timeout=200_000)
+        for _, saved, _ in RESULTS[name]:
+            prefix = workflow[node_titled(workflow, saved)]["inputs"]["filename_prefix"]
+            result = ui.page.locator(f'video[src*="{prefix.split("/")[-1]}"]').first
+            result.wait_for(state="attached", timeout=300_000)
         ui.page.wait_for_function(
-            "() => [...document.querySelectorAll('video')].some(v => v.videoWidth === 64)",
+            """count => [...document.querySelectorAll('video')]
+                .filter(v => v.videoWidth === 64).length === count""",
+            arg=len(RESULTS[name]),
             timeout=30_000,
         )
         assert ui.errors == []
 
 
-def small(**changes: dict[str, Any]) -> dict[str, Any]:
-    fast = {"First 33 frames": {"length": 5}, "Sample": {"seed": SEED, "steps": 2}}
-    return template(**{**fast, "Size of the video": {"width": 64, "height": 48}, **changes})
+def small(name: str = "tiny_video_to_video", **changes: dict[str, Any]) -> dict[str, Any]:
+    size = {"width": 64, "height": 48}
+    fast = {"First 33 frames": {"length": 5}, "Size of the video": size}
+    workflow = template(name, **{**fast, **changes})
+    for node in workflow.values():
+        if node["class_type"] == "StyleMasterSampler":
+            node["inputs"]["steps"] = 2
+    return workflow
 
 
 @pytest.mark.parametrize(
-    ("title", "changes"),
+    ("name", "title", "changes"),
     [
-        ("Style image", {"image": "stylemaster_woodcut.png"}),
-        ("Keep the content", {"strength": 0.0}),
-        ("Sample", {"seed": SEED + 1, "steps": 2}),
+        ("tiny_video_to_video", "Style image", {"image": "stylemaster_woodcut.png"}),
+        ("tiny_video_to_video", "Keep the content", {"strength": 0.0}),
+        ("tiny_video_to_video", "Sample", {"seed": SEED + 1}),
+        (STYLECRAFTER, "Style image", {"image": "stylemaster_woodcut.png"}),
+        (STYLECRAFTER, "Keep the content", {"strength": 0.0}),
+        (STYLECRAFTER, "For videos", {"motion_scale": 0.0}),
     ],
 )
-def test_its_inputs_matter(comfy, title, changes):
-    crop = node_titled(small(), "Cut back")
-    before = frames_of(comfy, small(), crop)
-    after = frames_of(comfy, small(**{title: changes}), crop)
+def test_its_inputs_matter(comfy, name, title, changes):
+    crop = node_titled(small(name), "Cut back")
+    before = frames_of(comfy, small(name), crop)
+    after = frames_of(comfy, small(name, **{title: changes}), crop)
     assert np.abs(before.astype(int) - after).max() > ROUNDING
+
+
+def test_a_workflow_that_names_no_method_has_stylemasters(comfy):
+    workflow = small()
+    crop = node_titled(workflow, "Cut back")
+    named = frames_of(comfy, workflow, crop)
+    del workflow[node_titled(workflow, "stylemaster-tiny")]["inputs"]["method"]
+    assert np.abs(named.astype(int) - frames_of(comfy, workflow, crop)).max() <= ROUNDING
+
+
+def test_predicted_strengths_are_shown_and_follow_the_style(comfy):
+    def shown(image: str) -> np.ndarray:
+        workflow = small(STYLECRAFTER, **{"Style image": {"image": image}})
+        outputs = run(comfy, workflow)[node_titled(workflow, "Strength, as predicted")]
+        return pictures(comfy, outputs)
+
+    first, second = (shown(f"stylemaster_{style}.png") for style in ("mosaic", "woodcut"))
+    assert first.shape == (1, 320, 768, 3)
+    assert (first != second).any()
 
 
 def test_words_of_a_prompt_count_and_their_weights_do_not(comfy):

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stylemaster_core.queue.workflow import seed_targets
 from tests.comfy import server
 from tests.comfy.shipped_workflows import (
     FRAMES,
     HEIGHT,
     LONG_FRAMES,
+    SDXL,
+    SDXL_SIDE,
     STEPS,
     WIDTH,
     node_titled,
@@ -25,8 +28,9 @@ from tests.comfy.shipped_workflows import (
     write_models,
 )
 
-LENGTHS = {"image_restyle": 1, "long_video": LONG_FRAMES}
+LENGTHS = {"image_restyle": 1, "long_video": LONG_FRAMES, SDXL: 1}
 RESULTS = {"motion_scale_sweep": ["Result with 0", "Result with -0.3", "Result with -1"]}
+SCALES = "Strength, as predicted"
 # For each workflow, an input that is its own and another value for it.
 OWN_INPUTS = {
     "text_to_video": ("Size and length", {"num_frames": 9}),
@@ -37,6 +41,7 @@ OWN_INPUTS = {
     "saved_style": ("Saved style", {"style_name": "other_00001_.safetensors"}),
     "motion_scale_sweep": ("Motion scale 0", {"motion_scale": 0.5}),
     "long_video": ("Windows of 81 frames", {"context_overlap": 1}),
+    SDXL: ("Guidance", {"text_cfg": 5.0}),
 }
 
 
@@ -67,10 +72,11 @@ def saved(comfy, outputs: dict[str, Any]) -> np.ndarray:
 def frames_of(comfy, name: str, **changes: dict[str, Any]) -> np.ndarray:
     """All final frames before they are encoded, after changes to nodes whose titles are given."""
     workflow = small(name, changes)
-    crops = [key for key, node in workflow.items() if node["class_type"] == "StyleMasterCrop"]
-    workflow |= {f"seen {crop}": preview(crop) for crop in crops}
+    last = "VAEDecode" if name == SDXL else "StyleMasterCrop"
+    ends = [key for key, node in workflow.items() if node["class_type"] == last]
+    workflow |= {f"seen {end}": preview(end) for end in ends}
     outputs = run(comfy, workflow).outputs
-    files = [file for crop in crops for file in outputs[f"seen {crop}"]["images"]]
+    files = [file for end in ends for file in outputs[f"seen {end}"]["images"]]
     pixels = [np.asarray(Image.open(io.BytesIO(comfy.view(file)))) for file in files]
     return np.stack(pixels).astype(np.int16)
 
@@ -93,6 +99,8 @@ def test_it_finishes(comfy, name):
         assert len(frames) == LENGTHS.get(name, FRAMES)
         if name == "image_restyle":  # of the shape of the picture, and about as large as asked
             assert 80 <= frames.shape[1] == frames.shape[2] <= 112
+        elif name == SDXL:
+            assert frames.shape[1:] == (SDXL_SIDE, SDXL_SIDE, 3)
         else:
             assert frames.shape[1:] == (HEIGHT, WIDTH, 3)
         assert frames.std() > 5  # a picture of something, not of one colour
@@ -112,14 +120,10 @@ def test_its_own_input_matters(comfy, comfy_models, name):
 @pytest.mark.parametrize("name", sampling_names())
 def test_equal_seeds_are_equal_and_others_not(comfy, name):
     workflow = small(name)
-    samplers = [
-        node["_meta"]["title"]
-        for node in workflow.values()
-        if node["class_type"] == "StyleMasterSampler"
-    ]
+    targets = [(workflow[node]["_meta"]["title"], seed) for node, seed in seed_targets(workflow)]
 
-    def with_seed(seed: int) -> np.ndarray:
-        return frames_of(comfy, name, **{title: {"seed": seed} for title in samplers})
+    def with_seed(value: int) -> np.ndarray:
+        return frames_of(comfy, name, **{title: {seed: value} for title, seed in targets})
 
     first, other, again = with_seed(7), with_seed(8), with_seed(7)
     assert equal(first, again)
@@ -141,6 +145,28 @@ def test_inputs_of_text_to_video_matter(comfy, title, changes):
         frames_of(comfy, "text_to_video", **{title: changes}),
     )
     assert not equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("title", "changes"),
+    [
+        ("Prompt", {"text": "a red train in the snow"}),
+        ("Style image", {"image": "woodcut.png"}),
+        ("Apply the style", {"strength": 1.0}),
+    ],
+)
+def test_inputs_of_sdxl_matter(comfy, title, changes):
+    assert not equal(frames_of(comfy, SDXL), frames_of(comfy, SDXL, **{title: changes}))
+
+
+def test_the_scales_of_sdxl_are_shown(comfy):
+    def shown(image: str) -> np.ndarray:
+        workflow = small(SDXL, {"Style image": {"image": image}})
+        return saved(comfy, run(comfy, workflow).outputs[node_titled(workflow, SCALES)])
+
+    first, second = shown("mosaic.png"), shown("woodcut.png")
+    assert first.shape == (1, 320, 768, 3)
+    assert (first != second).any()
 
 
 def test_strength_zero_is_no_style(comfy):

@@ -25,6 +25,7 @@ NOTE = "MarkdownNote"
 _GROUPS: dict[str, tuple[str, ...]] = {
     "1  Models": (
         "StyleMasterTinyLoader",
+        "CheckpointLoaderSimple",
         "UNETLoader",
         "CLIPLoader",
         "VAELoader",
@@ -49,9 +50,11 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "StyleMasterTextureSelector",
         "StyleMasterBlendStyles",
         "StyleMasterSaveStyle",
+        "StyleMasterShowScales",
         "PreviewImage",
     ),
     "4  Style and content act": (
+        "EmptyLatentImage",
         "StyleMasterLatent",
         "StyleMasterApplyStyle",
         "StyleMasterGrayTileControl",
@@ -59,6 +62,11 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "StyleMasterMotionAdapter",
     ),
     "5  Sampling and result": (
+        "StyleMasterGuider",
+        "RandomNoise",
+        "KSamplerSelect",
+        "BasicScheduler",
+        "SamplerCustomAdvanced",
         "StyleMasterSampler",
         "VAEDecode",
         "StyleMasterCrop",
@@ -257,6 +265,10 @@ _OWN_FILES = {
     "stylemaster_controlnet.safetensors": "- `stylemaster_controlnet.safetensors` in "
     "`models/controlnet`, made by the same command from the release's `controlnet.ckpt`; that file "
     "itself works, too",
+    "stylecrafter_sdxl.safetensors": "- `stylecrafter_sdxl.safetensors` in `models/stylecrafter`: "
+    "put the released [stylecrafter_sdxl.ckpt](https://huggingface.co/liuhuohuo/StyleCrafter-SDXL) "
+    "there (its README allows research and non-commercial use) and, in the pack's folder, run "
+    "`python -m stylemaster_core weights convert FILE` with ComfyUI's Python",
 }
 
 

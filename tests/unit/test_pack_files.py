@@ -13,6 +13,7 @@ from PIL import Image
 
 from stylemaster_core.pipelines.encode_style import TextureConfig
 from stylemaster_core.pipelines.stylize import StylizeConfig
+from stylemaster_core.pipelines.stylize_sdxl import SdxlConfig
 from stylemaster_core.pipelines.tiny import SETTINGS
 from stylemaster_core.queue.workflow import find_role, load_workflow, seed_targets
 from stylemaster_core.training.config import PRESETS
@@ -51,6 +52,9 @@ def test_there_is_one_of_each():
         "long_video",
         "train_motion_adapter",
         "tiny_video_to_video",
+        "sdxl_image_in_a_style",
+        "stylecrafter_tiny_video",
+        "two_methods_side_by_side",
     } <= set(NAMES)
     assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(NAMES)
     assert {path.stem for path in WORKFLOWS.glob("*.jpg")} == set(NAMES)
@@ -74,18 +78,18 @@ def test_links_join_nodes_of_the_workflow(name):
             assert node["inputs"].keys() <= known[node["class_type"]]["inputs"].keys()
 
 
-@pytest.mark.parametrize("name", [*SAMPLING, shipped_workflows.TINY])
+@pytest.mark.parametrize("name", [*SAMPLING, *shipped_workflows.TINY])
 def test_the_queue_finds_what_it_sets(name):
     workflow = load_workflow(WORKFLOWS / "api" / f"{name}.json")
     assert find_role(workflow, "prompt").input == "text"
     assert seed_targets(workflow)
     if name != "saved_style":
         assert find_role(workflow, "style").input == "image"
-    if name in ("video_to_video", "long_video", shipped_workflows.TINY):
+    if name in ("video_to_video", "long_video", *shipped_workflows.TINY):
         assert find_role(workflow, "video").input == "file"
 
 
-@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("name", sorted(set(SAMPLING) - {shipped_workflows.SDXL}))
 def test_numbers_are_the_releases(name):
     nodes = shipped_workflows.load(name).values()
     samplers = [node["inputs"] for node in nodes if node["class_type"] == "StyleMasterSampler"]
@@ -102,20 +106,40 @@ def test_numbers_are_the_releases(name):
             assert (node["inputs"]["mode"], node["inputs"]["drop_rate"]) == ("release", 0.95)
 
 
-def test_numbers_of_the_small_model_are_those_of_the_command_line():
-    nodes = {
-        n["class_type"]: n["inputs"] for n in shipped_workflows.load("tiny_video_to_video").values()
-    }
-    sampler, control = nodes["StyleMasterSampler"], nodes["StyleMasterGrayTileControl"]
-    assert {
-        "num_steps": sampler["steps"],
-        "text_scale": sampler["text_cfg"],
-        "style_scale": sampler["style_cfg"],
-        "tile_factor": control["factor"],
-        "control_range": (control["start"], control["end"]),
-    } == SETTINGS
-    assert (sampler["sampler_name"], sampler["shift"]) == ("euler", StylizeConfig.shift)
-    assert nodes["StyleMasterTextureSelector"]["mode"] == TextureConfig.selection
+def test_numbers_of_sdxl_are_the_releases():
+    workflow = shipped_workflows.load(shipped_workflows.SDXL)
+    nodes = {node["class_type"]: node["inputs"] for node in workflow.values()}
+    release, guider = SdxlConfig(), nodes["StyleMasterGuider"]
+    assert (guider["text_cfg"], guider["style_cfg"]) == (release.text_scale, release.style_scale)
+    assert nodes["BasicScheduler"]["steps"] == release.num_steps
+    assert nodes["KSamplerSelect"]["sampler_name"] == "euler"
+    assert nodes["StyleMasterApplyStyle"]["strength"] == 0.5
+    latent = nodes["EmptyLatentImage"]
+    assert (latent["height"], latent["width"]) == release.size
+    negative = shipped_workflows.node_titled(workflow, "Negative prompt")
+    assert workflow[negative]["inputs"]["text"] == release.negative_prompt
+
+
+@pytest.mark.parametrize("name", shipped_workflows.TINY)
+def test_numbers_of_the_small_model_are_those_of_the_command_line(name):
+    def inputs(class_type: str) -> list[dict[str, Any]]:
+        nodes = shipped_workflows.load(name).values()
+        return [node["inputs"] for node in nodes if node["class_type"] == class_type]
+
+    samplers, controls = inputs("StyleMasterSampler"), inputs("StyleMasterGrayTileControl")
+    for sampler, control in zip(samplers, controls, strict=True):
+        assert {
+            "num_steps": sampler["steps"],
+            "text_scale": sampler["text_cfg"],
+            "style_scale": sampler["style_cfg"],
+            "tile_factor": control["factor"],
+            "control_range": (control["start"], control["end"]),
+        } == SETTINGS
+        assert (sampler["sampler_name"], sampler["shift"]) == ("euler", StylizeConfig.shift)
+    for selector in inputs("StyleMasterTextureSelector"):
+        assert selector["mode"] == TextureConfig.selection
+    for motion in inputs("StyleMasterMotionAdapter"):
+        assert motion["motion_scale"] == 1.0  # StyleCrafter's LoRA for videos
 
 
 def test_numbers_of_the_training_are_the_presets():
@@ -163,7 +187,8 @@ def test_models_that_can_be_downloaded_say_where(name):
             assert model.get("hash") == entry.sha256
             assert model.get("hash_type") == ("SHA256" if entry.sha256 else None)
         loaders += len(models)
-    assert loaders == {"saved_style": 3, shipped_workflows.TINY: 0}.get(name, 4)
+    fewer = {"saved_style": 3, shipped_workflows.SDXL: 2} | dict.fromkeys(shipped_workflows.TINY, 0)
+    assert loaders == fewer.get(name, 4)
 
 
 @pytest.mark.parametrize("name", NAMES)

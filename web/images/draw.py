@@ -74,6 +74,16 @@ class Sheet:
         base = np.array(end) - 12 * direction
         self.draw.polygon([tuple(p) for p in (end, base + 8 * side, base - 8 * side)], SUN)
 
+    def bars(self, centre: Point, size: tuple[int, int], label: str = "") -> None:
+        """Bars of different heights."""
+        (x, y), (width, height) = centre, size
+        step, bottom = width / 12, y + height / 2
+        for number in range(12):
+            left = x - width / 2 + number * step
+            top = bottom - height * (0.55 + 0.3 * np.sin(2.1 * number))
+            self.draw.rectangle((left, top, left + step * 0.7, bottom), SUN)
+        self.text((x, bottom + 18), label)
+
     def file(self, centre: Point, label: str, kind: str = "style") -> None:
         """A sheet of paper with a folded corner."""
         x, y = centre
@@ -146,6 +156,34 @@ def draw_thumbnails() -> None:
     s.arrow((200, 290), (320, 245))
     s.film((430, 220), (180, 120), "in seconds, on any computer")
     save_jpg(s, "tiny_video_to_video")
+
+    s = sheet("Tiny: StyleCrafter")
+    s.picture((120, 130), frame, wide, "small video")
+    s.picture((120, 300), styles["mosaic"], (120, 120), "style picture")
+    s.bars((320, 300), (120, 90), "strength in each layer")
+    s.arrow((200, 300), (250, 300))
+    s.arrow((222, 140), (330, 150))
+    s.arrow((385, 250), (410, 215))
+    s.film((440, 150), (190, 110))
+    save_jpg(s, "stylecrafter_tiny_video")
+
+    s = sheet("Two methods, side by side")
+    s.picture((110, 130), frame, wide, "small video")
+    s.picture((110, 300), styles["woodcut"], (120, 120), "style picture")
+    for y, label in ((145, "StyleMaster"), (305, "StyleCrafter")):
+        s.arrow((215, 155), (325, y - 10))
+        s.arrow((190, 290), (325, y + 10))
+        s.film((430, y), (180, 100), label)
+    save_jpg(s, "two_methods_side_by_side")
+
+    s = sheet("SDXL: a picture in a style")
+    s.picture((130, 140), styles["neon"], square, "style picture")
+    s.prompt((140, 310))
+    s.arrow((215, 140), (345, 180))
+    s.arrow((280, 300), (345, 255))
+    s.draw.rectangle((360, 130, 520, 290), outline=PAPER, width=3, fill=INK)
+    s.text((440, 310), "picture, by StyleCrafter")
+    save_jpg(s, "sdxl_image_in_a_style")
 
     s = sheet("Two styles, one mask")
     both = np.concatenate([styles["mosaic"][:, :128], styles["neon"][:, 128:]], 1)
