@@ -203,3 +203,23 @@ def test_nodes_say_what_came_and_what_to_do(nodes, name, error, said):
     message = nodes[f"error.{name}"]
     assert message.startswith(f"{error}: ")
     assert [part for part in said if part not in message] == []
+
+
+def test_a_missing_style_is_named(comfy_server):
+    text = {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["clip", 0]}}
+    adapter = {"adapter_name": "stylecrafter_sdxl.safetensors"}
+    result = comfy_server.run_prompt(
+        {
+            "clip": {"class_type": "StubTextEncoderLoader", "inputs": {}},
+            "prompt": text,
+            "adapter": {"class_type": "StyleMasterAdapterLoader", "inputs": adapter},
+            "scales": {
+                "class_type": "StyleMasterShowScales",
+                "inputs": {"adapter": ["adapter", 0], "prompt": ["prompt", 0]},
+            },
+            "out": {"class_type": "PreviewImage", "inputs": {"images": ["scales", 0]}},
+        }
+    )
+    assert result.status == "rejected"
+    said = [(e["type"], e["details"]) for e in result.error["node_errors"]["scales"]["errors"]]
+    assert ("required_input_missing", "style") in said
