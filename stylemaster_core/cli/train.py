@@ -59,7 +59,7 @@ def _add_trainer(parser: argparse.ArgumentParser) -> None:
     for option in FILES:
         weights.add_argument(f"--{option.replace('_', '-')}", type=Path, metavar="PATH")
     encoders = parser.add_argument_group("encoders")
-    encoders.add_argument("--vae", type=Path, help="for sample pictures (run.sample_every)")
+    encoders.add_argument("--vae", type=Path, help="for samples (run.sample_every)")
     encoders.add_argument(
         "--text-encoder", type=Path, help="for the empty prompt, where the cache lacks it"
     )

@@ -122,12 +122,18 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
-def disk_bytes(trainer: Trainer) -> int:
-    """Bytes that checkpoints (one more while one is written) and trained files take at most."""
+def disk_bytes(trainer: Trainer, *, sharded: bool = False) -> int:
+    """Bytes that checkpoints (one more while one is written) and trained files take at most.
+
+    Sharded checkpoints, accelerate's own, hold the frozen weights, too.
+    """
     optimizer = trainer.config.optimizer
     numbers = sum(p.numel() for p in trainer.trained().values())
     moments = 2 if optimizer.name == "adamw8bit" else 8
     checkpoint = numbers * (4 + moments + (4 if optimizer.ema_decay else 0))
+    if sharded:
+        frozen = [p for p in trainer.parameters() if not p.requires_grad]
+        checkpoint += sum(p.numel() * p.element_size() for p in frozen)
     output = numbers * (4 if trainer.config.run.output_dtype == "float32" else 2)
     return checkpoint * (trainer.config.run.keep_checkpoints + 1) + output
 

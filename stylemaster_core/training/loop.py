@@ -154,6 +154,8 @@ class _Loop:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.sharded = prepare_sharding(self.accelerator, self.config)
+        if self.sharded:
+            check_disk(out, disk_bytes(trainer, sharded=True))
         self.trainer, self.data, self.validation = trainer, data, validation
         self.out, self.stop, self.decode = out, stop, decode
         created = create_optimizer(trainer.trained().values(), optimizer)

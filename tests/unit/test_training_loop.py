@@ -16,6 +16,7 @@ from stylemaster_core.data.videos import read_video
 from stylemaster_core.errors import ConfigError, LayoutError, StyleMasterError, WeightsError
 from stylemaster_core.models.small import draw_weights
 from stylemaster_core.training import checkpoint as checkpoints
+from stylemaster_core.training.checks import disk_bytes
 from stylemaster_core.training.config import (
     FlowConfig,
     OptimizerConfig,
@@ -508,6 +509,12 @@ def test_too_little_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ConfigError, match="0.00 GB free"):
         train(style_trainer(quick()), WORLD.dataset(8), tmp_path / "run")
+
+
+def test_sharded_checkpoints_hold_the_frozen_weights_too():
+    trainer = style_trainer(quick(keep_checkpoints=4))
+    frozen = sum(4 * v.numel() for v in base_weights().values())
+    assert disk_bytes(trainer, sharded=True) - disk_bytes(trainer) == 5 * frozen
 
 
 def test_a_run_is_not_overwritten_nor_continued_as_another(tmp_path):
