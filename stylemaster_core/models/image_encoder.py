@@ -161,7 +161,7 @@ def _from_folder(folder: Path) -> CLIPVisionModelWithProjection:
     return model
 
 
-def joint_width(folder: Path) -> dict[str, int]:
+def joint_width(folder: Path) -> dict[str, Any]:
     """Width of the joint space of a whole CLIPModel, as an option for loading one of its towers.
 
     transformers makes a tower of the part of the config that is about it, where the width may lack.
