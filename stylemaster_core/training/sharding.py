@@ -22,6 +22,11 @@ def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
     kind, run = str(accelerator.distributed_type.value).upper(), config.run
     if kind not in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         return False
+    if config.trainer == "global-projection":
+        raise UnsupportedHostError(
+            f"with {kind} the weights are spread over processes, for which the global projection "
+            "is too small; use plain data parallelism"
+        )
     if config.optimizer.ema_decay or run.sample_every:
         raise UnsupportedHostError(
             f"with {kind} the weights are spread over processes, and neither their moving average "
