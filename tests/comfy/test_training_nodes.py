@@ -47,6 +47,7 @@ RUN = {
     "settings": "\n".join(SETTINGS),
 }
 CURVE_WIDTH, CURVE_HEIGHT = 640, 360
+STOP_S = 20  # on a busy machine; after 30 s the node would end the trainer without a checkpoint
 BASE = {"base_model": small_models.TRANSFORMER_FILE}
 
 DATA = node(
@@ -268,7 +269,8 @@ def test_interrupt_resume_and_use(comfy, name):
 
     result = comfy.run_prompt(graph(100_000), on_event=note, on_preview=interrupt_at_step_2)
     assert result.status == "interrupted", said(result)
-    assert time.monotonic() - stopped["at"] < 10
+    seconds = time.monotonic() - stopped["at"]
+    assert seconds < STOP_S
     assert (len(previews[-1]) > CURVE_HEIGHT) == bool(sampled), "sample frames below the curve"
     done = int((folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert steps == sorted(steps) and done >= steps[-1] >= 2 and not (folder / "stop").exists()
