@@ -160,8 +160,7 @@ class _Loop:
         self.out, self.stop, self.decode = out, stop, decode
         created = create_optimizer(trainer.trained().values(), optimizer)
         self.model, self.optimizer = self.accelerator.prepare(trainer, created)
-        if self.sharded:
-            gather_for_methods(self.model)
+        gather_for_methods(self.accelerator, self.model)
         self.parameters = trainer.trained()
         self.average: MovingAverage | None = None
         if optimizer.ema_decay:

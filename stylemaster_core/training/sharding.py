@@ -13,8 +13,8 @@ from .config import TrainConfig
 def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
     """Whether the weights are to be spread over processes, so that each holds a part alone.
 
-    Both have been run on two CPU processes alone (tests), DeepSpeed at ZeRO 2. DeepSpeed steps
-    within the backward pass: a loss that is not finite stops it one step late.
+    FSDP 2 and DeepSpeed ZeRO 2 have been run on two CPU processes (tests), never on GPUs. DeepSpeed
+    steps within the backward pass: a loss that is not finite stops it one step late.
 
     Raises:
         UnsupportedHostError: for what cannot work then.
@@ -39,9 +39,12 @@ def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
         settings["train_micro_batch_size_per_gpu"] = run.batch_size
         settings["gradient_accumulation_steps"] = run.accumulation
         settings["gradient_clipping"] = config.optimizer.clip_norm
-    if (kind == "FSDP" and state.fsdp_plugin.fsdp_version != 2) or (
-        kind == "DEEPSPEED" and state.deepspeed_plugin.zero_stage == 3
-    ):
+    whole = {
+        "FSDP": lambda: getattr(state.fsdp_plugin, "fsdp_version", 1) == 2,
+        "DEEPSPEED": lambda: state.deepspeed_plugin.zero_stage < 3,
+        "MEGATRON_LM": lambda: False,
+    }
+    if not whole[kind]():
         raise UnsupportedHostError(
             f"this kind of {kind} leaves no tensor whole to write; use FSDP with fsdp_version: 2, "
             "DeepSpeed ZeRO 1 or 2, or plain data parallelism"
@@ -52,11 +55,13 @@ def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
     return True
 
 
-def gather_for_methods(model: nn.Module) -> None:
+def gather_for_methods(accelerator: Any, model: nn.Module) -> None:
     """Let FSDP gather a block's weights for its text keys and values, too.
 
     It does so for `forward` alone, and they are made before the first block runs.
     """
+    if not getattr(accelerator, "is_fsdp2", False):
+        return
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""FSDP through accelerate's own launcher and config, on two CPU processes."""
+"""FSDP and DeepSpeed through accelerate's own launcher and config, on two CPU processes."""
 
 import dataclasses
 import os
