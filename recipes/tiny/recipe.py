@@ -108,6 +108,7 @@ class Profile:
     control_steps: int
     motion_steps: int
     stylecrafter_steps: int
+    stylecrafter_scales_steps: int
     stylecrafter_video_steps: int
     validation: int = 16  # held-out styles
     lr: float = 1e-3  # of the joint training
@@ -130,6 +131,7 @@ PROFILES = {
         control_steps=20,
         motion_steps=20,
         stylecrafter_steps=40,
+        stylecrafter_scales_steps=20,
         stylecrafter_video_steps=20,
         validation=6,
         lr=2e-3,
@@ -150,6 +152,7 @@ PROFILES = {
         control_steps=200,
         motion_steps=1200,
         stylecrafter_steps=6000,
+        stylecrafter_scales_steps=600,
         stylecrafter_video_steps=150,
     ),
     "gpu": Profile(
@@ -167,6 +170,7 @@ PROFILES = {
         control_steps=1000,
         motion_steps=2000,
         stylecrafter_steps=10_000,
+        stylecrafter_scales_steps=2000,
         stylecrafter_video_steps=1000,
     ),
 }
@@ -201,6 +205,7 @@ class Recipe:
             "control": self.control,
             "motion": self.motion,
             "stylecrafter": self.stylecrafter,
+            "stylecrafter-scales": self.stylecrafter_scales,
             "stylecrafter-video": self.stylecrafter_video,
         }
 
@@ -367,18 +372,40 @@ class Recipe:
         return self._train(trainer, data, held_out, folder)
 
     def stylecrafter(self, folder: Path) -> Outcome:
-        """StyleCrafter's first stage: its adapter, on pictures."""
+        """StyleCrafter's first stage, on pictures: its adapter, all gains 1.
+
+        At this rate the scale predictor would learn to say "more" and nothing else: after 6000
+        steps all its tanh were at 1.
+        """
+        return self._stylecrafter(folder, self.profile.stylecrafter_steps, lr=1e-3, scales=False)
+
+    def stylecrafter_scales(self, folder: Path) -> Outcome:
+        """The same stage to its end: the adapter with its scale predictor, at a lower rate."""
+        adapter = self._file("stylecrafter/stylecrafter_adapter")
+        steps = self.profile.stylecrafter_scales_steps
+        return self._stylecrafter(folder, steps, lr=2e-4, scales=True, adapter=adapter)
+
+    def _stylecrafter(
+        self,
+        folder: Path,
+        steps: int,
+        *,
+        lr: float,
+        scales: bool,
+        adapter: dict[str, Tensor] | None = None,
+    ) -> Outcome:
         data, held_out = self._samples("train"), self._samples("held_out")
         pictures = [i for i, size in enumerate(data.sizes) if size[1] == 1]
+        settings = dataclasses.replace(STYLECRAFTER, train_scales=scales)
         config = self._config(
-            "stylecrafter",
-            self.profile.stylecrafter_steps,
-            self.profile.joint_batch,
-            lr=1e-3,
-            stylecrafter=STYLECRAFTER,
+            "stylecrafter", steps, self.profile.joint_batch, lr=lr, stylecrafter=settings
         )
         trainer = create_stylecrafter_trainer(
-            config, self._file("joint/transformer"), _features(data), null_text=null_text()
+            config,
+            self._file("joint/transformer"),
+            _features(data),
+            adapter=adapter,
+            null_text=null_text(),
         )
         return self._train(trainer, Subset(data, pictures), held_out, folder)
 
@@ -394,7 +421,7 @@ class Recipe:
         trainer = create_stylecrafter_video_trainer(
             config,
             self._file("joint/transformer"),
-            self._file("stylecrafter/stylecrafter_adapter"),
+            self._file("stylecrafter-scales/stylecrafter_adapter"),
             null_text=null_text(),
         )
         return self._train(trainer, data, held_out, folder)
@@ -482,7 +509,7 @@ class Recipe:
             "controlnet": "control/controlnet",
             "motion_adapter": "motion/motion_adapter",
             "vae": "vae/vae",
-            "stylecrafter_adapter": "stylecrafter/stylecrafter_adapter",
+            "stylecrafter_adapter": "stylecrafter-scales/stylecrafter_adapter",
             "stylecrafter_video_lora": "stylecrafter-video/stylecrafter_video_lora",
         }
         for name, source in files.items():

@@ -77,7 +77,9 @@ class StyleCrafterTrainer(FlowMatchTrainer):
     def train_parts(self) -> None:
         """Let the gradients reach what is trained."""
         trainable(self.transformer.style_attention)
-        trainable(self.encoder)
+        trainable(self.encoder.image_context_model)
+        if self.config.stylecrafter.train_scales:
+            trainable(self.encoder.scale_predictor)
 
     def velocity(self, noisy: Tensor, timestep: Tensor, text: Tensor, batch: Sample) -> Tensor:
         return self.transformer(noisy, timestep, text, style=self.regions(batch))
@@ -225,7 +227,7 @@ def new_stylecrafter_branch(transformer: Any, *, norm: bool = True) -> StyleAtte
 def new_encoder(
     config: StyleCrafterConfig, transformer: Any, feature_width: int, seed: int
 ) -> StyleCrafterEncoder:
-    """An encoder with random weights for a transformer and image features."""
+    """An encoder with random weights for a transformer and image features; its gains are 1."""
     sizes = StyleCrafterSizes(
         feature_width=feature_width,
         style_width=transformer.proj_out.in_features,
@@ -238,9 +240,14 @@ def new_encoder(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "stylecrafter"))
-        return create_stylecrafter_encoder(
+        encoder = create_stylecrafter_encoder(
             sizes, num_heads=config.num_heads, scale_num_heads=config.scale_num_heads
         )
+    last = encoder.scale_predictor.out_proj[-1]
+    assert isinstance(last, torch.nn.Linear)
+    for parameter in last.parameters():
+        torch.nn.init.zeros_(parameter)
+    return encoder
 
 
 def _load_adapter(
