@@ -23,7 +23,6 @@ from tests.comfy.shipped_workflows import node_titled
 from tests.standin_tiny import pack_with_weights
 
 SEED = 3
-# A number that divides 1000: ComfyUI's `simple` rounds other schedules to a table of 1000 sigmas.
 STEPS = 12
 FRAMES = 9
 ROUNDING = 1  # sums of floats depend on where in memory the numbers lie
