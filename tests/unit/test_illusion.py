@@ -240,7 +240,7 @@ def test_resume(diffusion, tmp_path):
 
 def test_other_settings_are_not_mixed(diffusion, tmp_path):
     make_some(tmp_path, diffusion, 2, steps=3)
-    with pytest.raises(ConfigError, match=r"steps 3 against 4.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"steps 3 against 4.*another folder.*overwritten"):
         open_pair_folder(tmp_path, {"seed": 0, "steps": 4})
     assert open_pair_folder(tmp_path, {"seed": 0, "steps": 3}, overwrite=True) == {0, 1}
     assert open_pair_folder(tmp_path, {"seed": 0, "steps": 4}, overwrite=True) == set()
