@@ -67,15 +67,12 @@ class Ui:
         """Load the page and wait for the editor."""
         self.page.route("**/*", self._only_this_server)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        # Before the page is there: the first visit would open the templates, some time later.
+        answer = self.page.request.post(f"{self.url}/api/settings", data=_SETTINGS)
+        assert answer.ok, answer.text()
         self.page.goto(self.url, wait_until="domcontentloaded")
         self.page.wait_for_function(_READY, timeout=120_000)
         self.page.wait_for_timeout(1500)
-        self.page.keyboard.press("Escape")  # the first visit opens the templates
-        self.page.evaluate(
-            """async settings => { for (const [key, value] of Object.entries(settings))
-                await window.app.extensionManager.setting.set(key, value) }""",
-            _SETTINGS,
-        )
 
     def _only_this_server(self, route: Route) -> None:
         address = urlsplit(route.request.url)
