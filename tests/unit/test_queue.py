@@ -276,9 +276,21 @@ def test_several_jobs_at_a_server(fakes, batch):
     assert results(batch) == expected(*"abc")
 
 
+def once_working(fake, act):
+    """Do something to a server soon after it has got a job."""
+
+    def wait():
+        while not fake.queue:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def test_the_jobs_of_a_dead_server_go_to_another(fakes, batch):
     one, two = fakes(job_s=0.1), fakes(job_s=60)
-    threading.Timer(0.2, two.die).start()
+    once_working(two, two.die)
     started = time.monotonic()
     assert batch(one, two) == 0
     assert time.monotonic() - started < 10  # not after the default --timeout of 60 s
@@ -303,7 +315,7 @@ def test_a_server_that_hangs_is_lost_and_what_it_still_does_is_not_taken(fakes, 
         with two.mutex:
             time.sleep(0.7)
 
-    threading.Timer(0.1, hang).start()
+    once_working(two, hang)
     assert batch(one, two, prompts="abcd", options=["--timeout", "0.3"]) == 0
     assert results(batch) == expected(*"abcd")
     assert len(events(batch, "done")) == 4
@@ -318,7 +330,7 @@ def test_a_restarted_server_that_has_forgotten_the_job_gets_it_again(fakes, batc
         with fake.mutex:
             fake.queue, fake.history, fake.started = [], {}, None
 
-    threading.Timer(0.1, forget).start()
+    once_working(fake, forget)
     assert batch(fake) == 0
     assert results(batch) == expected(*"abc")
     (lost,) = events(batch, "lost")
