@@ -12,7 +12,6 @@ from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_base
-import comfy.model_management
 import comfy.model_patcher
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
@@ -23,7 +22,7 @@ from ..stylemaster_core.models.decoupled_attention import style_residual
 from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
 from .sdxl_styles import LAYER_KEY, StyledRows, styled_rows
 from .sockets import StyleCrafterAdapter
-from .wan_patches import compute_dtype, raw, with_wrapper
+from .wan_patches import Hook, ModelCall, compute_dtype, raw, with_hooks
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
 Place = tuple[str, int, int]  # part of the UNet, block in it, transformer block in that
@@ -71,35 +70,26 @@ def patch_layers(model: ModelPatcher, adapter: StyleCrafterAdapter) -> ModelPatc
             f"of widths {sorted(set(found))} and text of width {text}. The released adapter needs "
             "a whole SDXL (70 cross-attentions, text of width 2048), not a distilled, smaller one"
         )
-    return with_wrapper(model, WrappersMP.APPLY_MODEL, LAYER_KEY, _apply_with_style)
+    return with_hooks(model, LAYER_KEY, _replace_attention)
 
 
-def _apply_with_style(
-    executor: Any,
-    x: Tensor,
-    t: Tensor,
-    c_concat: Tensor | None = None,
-    c_crossattn: Tensor | None = None,
-    control: Any = None,
-    transformer_options: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """APPLY_MODEL wrapper."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    rows, options = kwargs.pop(LAYER_KEY, None), transformer_options or {}
-    if rows is not None:
-        model = executor.class_obj
-        like = x.new_empty(0, dtype=compute_dtype(model))
-        size = (x.shape[2], x.shape[3])
-        styled = styled_rows(rows, size, model.model_sampling, float(t.max()), like)
-        if COMPILED in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
-            raise UnsupportedHostError(
-                "under TorchCompileModel a StyleCrafter style on SDXL could not go on and off "
-                "during a run; take that node off"
-            )
-        if styled:
-            options = _with_replacements(options, raw(model.diffusion_model), styled)
-    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+def _replace_attention(call: ModelCall) -> list[Hook]:
+    """Put the styles of the batch into the options of this call; no module is hooked."""
+    if call.rows is None:
+        return []
+    like = call.x.new_empty(0, dtype=compute_dtype(call.model))
+    size = (call.x.shape[2], call.x.shape[3])
+    sampling = call.model.model_sampling
+    styled = styled_rows(call.rows, size, sampling, float(call.t.max()), like)
+    if COMPILED in call.options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+        raise UnsupportedHostError(
+            "under TorchCompileModel a StyleCrafter style on SDXL could not go on and off "
+            "during a run; take that node off"
+        )
+    if styled:
+        unet = raw(call.model.diffusion_model)
+        call.options = _with_replacements(call.options, unet, styled)
+    return []
 
 
 def _with_replacements(

@@ -36,7 +36,7 @@ Hook = tuple[nn.Module, Callable[..., Tensor], dict[str, Any]]  # module, `forwa
 _ABSENT = object()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ModelCall:
     """One call of a model, as hooks are made for it."""
 
@@ -44,7 +44,12 @@ class ModelCall:
     x: Tensor  # noisy latents
     t: Tensor  # sigmas [B]
     rows: Sequence[Row] | None  # what the conditionings carry for these hooks
-    window: Any  # context window, if there is one
+    options: dict[str, Any]  # transformer_options; others may be put in their place
+
+    @property
+    def window(self) -> Any:
+        """The context window, if there is one."""
+        return self.options.get("context_window")
 
     def in_range(self, start: float, end: float) -> bool:
         """Whether the sampling is in this part of its way."""
@@ -59,7 +64,7 @@ def with_hooks(
     Args:
         model: a MODEL.
         key: of the wrapper, and of what conditionings carry for it.
-        make_hooks: gives the hooks for one call.
+        make_hooks: gives the hooks for one call, and may exchange its options.
     """
 
     def apply_with_hooks(
@@ -74,11 +79,10 @@ def with_hooks(
     ) -> Tensor:
         """APPLY_MODEL wrapper."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        options = transformer_options or {}
         rows = kwargs.pop(key, None)
-        call = ModelCall(executor.class_obj, x, t, rows, options.get("context_window"))
+        call = ModelCall(executor.class_obj, x, t, rows, transformer_options or {})
         with hooked(make_hooks(call)):
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            return executor(x, t, c_concat, c_crossattn, control, call.options, **kwargs)
 
     return with_wrapper(model, WrappersMP.APPLY_MODEL, key, apply_with_hooks)
 
