@@ -94,6 +94,13 @@ class Once(comfy.samplers.Sampler):
         return self.latents
 
 
+def apply_style(**inputs: Any) -> Any:
+    """What Apply Style gives; where nothing is said, the style acts always and everywhere."""
+    rest = {"start": 0.0, "end": 1.0, "blocks": "all", "block_weights": "0:1"}
+    rest |= {"first_frame": 0, "last_frame": -1}
+    return pack("nodes.apply_style").ApplyStyle.execute(**(rest | inputs))
+
+
 def run_guider(guider: Any, latents: Tensor, sampler: Any, sigmas: Tensor, **kw: Any) -> Tensor:
     empty = torch.zeros_like(latents)
     return guider.sample(latents, empty, sampler, sigmas, disable_pbar=True, seed=1, **kw)

@@ -15,7 +15,7 @@ from scripts import golden_sdxl as sdxl
 from scripts import golden_wan as wan
 
 torch.set_grad_enabled(False)
-loaders, style, apply_style = (wan.pack(f"nodes.{n}") for n in ("loaders", "style", "apply_style"))
+loaders, style = (wan.pack(f"nodes.{n}") for n in ("loaders", "style"))
 sampling, scales = wan.pack("nodes.sampling"), wan.pack("nodes.scales")
 wan.pack("nodes.paths").register_folders()
 facts: dict[str, Any] = {}
@@ -79,14 +79,8 @@ def applied(**changes: Any) -> Any:
         "positive": positive,
         "negative": negative,
         "strength": 0.5,
-        "start": 0.0,
-        "end": 1.0,
-        "blocks": "all",
-        "block_weights": "0:1",
-        "first_frame": 0,
-        "last_frame": -1,
     }
-    return apply_style.ApplyStyle.execute(**(options | changes))
+    return wan.apply_style(**(options | changes))
 
 
 def sampled(model: Any, styled: Any, positive: Any, negative: Any) -> torch.Tensor:

@@ -19,7 +19,6 @@ folder.mkdir(exist_ok=True)
 shutil.copy(adapter_path, folder / "wan_small.safetensors")
 adapter = wan.pack("nodes.loaders").LoadAdapter.execute("wan_small.safetensors")[0]
 style = wan.pack("stylemaster_core.models.style_tokens").Style(x["tokens"])
-apply_style = wan.pack("nodes.apply_style").ApplyStyle
 plain = wan.load_model(wan.golden("weights_dit_a"))
 positive, negative = [[x["text"], {}]], [[x["negative"], {}]]
 SIGMA = 0.7
@@ -33,14 +32,8 @@ def applied(**changes: Any) -> Any:
         "positive": positive,
         "negative": negative,
         "strength": 0.8,
-        "start": 0.0,
-        "end": 1.0,
-        "blocks": "all",
-        "block_weights": "0:1",
-        "first_frame": 0,
-        "last_frame": -1,
     }
-    return apply_style.execute(**(options | changes))
+    return wan.apply_style(**(options | changes))
 
 
 facts: dict[str, Any] = {}
