@@ -4,8 +4,8 @@ First how they differ between held-out styles and prompts. Then pictures made wi
 scales at 0 (gain 1), with and without gray-tile control: how near they are to their style picture,
 and how much they keep of the content, and of what the prompt gives without a style from the same
 noise (the small model hardly heeds its prompt, so that this stands for the text). The paper's
-ablation (StyleCrafter, sec. 4.3): without adaptive fusion more style and less text; there a model
-was trained without it, here a trained one has its scales switched off.
+ablation (StyleCrafter, sec. 4.3): without adaptive fusion more style and less text, of a model that
+was trained without it. So was this adapter; its scale predictor was trained after it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from stylemaster_core.pipelines.tiny import FOLDER, SETTINGS, tiny_files
 from .runner import add_output, check_output, machine_facts, run_benchmark
 
 PREDICTED, OFF, NO_STYLE = "predicted scales", "gain 1", "no style"
-STYLE_MEASURES = {"colour": -1, "gabor": -1, "retrieval": 1}  # sign of "more style"
+# Of each clip; the sign is that of "more". Similarity is the judge's, as CLIP-Style is CLIP's.
+STYLE_MEASURES = {"colour": -1, "gabor": -1, "similarity": 1}
 TEXT_MEASURES = {"luma_to_content": 1, "luma_to_no_style": 1}
+NUM_RESAMPLES = 10_000
 # v2, ablation on images: CLIP-Text, CLIP-Style.
 PAPER = {"full": (0.3028, 0.4836), "no adaptive fusion": (0.2807, 0.4925)}
 
@@ -82,28 +84,55 @@ def make(
     return clips
 
 
-def scores(clips: Clips, plain: Clips, held_out: HeldOut) -> dict[str, float]:
-    """How near to the style, and to content and plain result."""
-    found = measure(clips, held_out).summary()
-    names = ("colour", "colour_p", "gabor", "gabor_p", "retrieval")
-    kept = [luma_correlation(*pair) for pair in zip(clips, plain, strict=True)]
-    return {
-        **{name: found[name] for name in names},
-        "luma_to_content": found["luma"],
-        "luma_to_no_style": float(np.mean(kept)),
+def scores(
+    clips: Clips, plain: Clips, held_out: HeldOut
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """How near to the style, and to content and plain result: means, and each clip's numbers."""
+    found = measure(clips, held_out)
+    each = {
+        "colour": found.colour.diagonal(),
+        "gabor": found.gabor.diagonal(),
+        "similarity": torch.cosine_similarity(found.embeddings, found.references).numpy(),
+        "luma_to_content": _luma(clips, held_out.contents),
+        "luma_to_no_style": _luma(clips, plain),
     }
+    summary = found.summary()
+    shares = {name: summary[name] for name in ("colour_p", "gabor_p", "retrieval")}
+    return {name: float(values.mean()) for name, values in each.items()} | shares, each
 
 
-def direction(on: dict[str, float], off: dict[str, float], *, control: bool) -> dict[str, Any]:
-    """Changes when the scales are switched off, and whether they go the paper's way."""
-    text = dict(TEXT_MEASURES)
+def _luma(clips: Clips, others: Clips) -> np.ndarray:
+    return np.array([luma_correlation(*pair) for pair in zip(clips, others, strict=True)])
+
+
+def change(
+    on: dict[str, np.ndarray], off: dict[str, np.ndarray], *, control: bool
+) -> dict[str, dict[str, Any]]:
+    """What switching the scales off changes, and whether that goes the paper's way.
+
+    Returns:
+        for each measure its mean change over the clips, a 95 % interval of it (bootstrap over the
+        clips), and `as_in_paper`: None where the interval holds 0.
+    """
+    more_style, less_text = STYLE_MEASURES, {name: -sign for name, sign in TEXT_MEASURES.items()}
+    measures = more_style | less_text
     if not control:
-        del text["luma_to_content"]  # nothing of the content is known then
-    measures = STYLE_MEASURES | text
-    change = {name: off[name] - on[name] for name in measures}
-    more_style = {name: sign * change[name] > 0 for name, sign in STYLE_MEASURES.items()}
-    less_text = {name: sign * change[name] < 0 for name, sign in text.items()}
-    return {"change": change, "more_style": more_style, "less_text": less_text}
+        del measures["luma_to_content"]  # nothing of the content is known then
+    draws = np.random.default_rng(0).integers(
+        len(off["colour"]), size=(NUM_RESAMPLES, len(off["colour"]))
+    )
+    found: dict[str, dict[str, Any]] = {}
+    for name, sign in measures.items():
+        differences = off[name] - on[name]
+        low, high = np.quantile(differences[draws].mean(1), (0.025, 0.975)).tolist()
+        known = low > 0 or high < 0
+        found[name] = {
+            "mean": float(differences.mean()),
+            "low": low,
+            "high": high,
+            "as_in_paper": bool(sign * differences.mean() > 0) if known else None,
+        }
+    return found
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
@@ -150,8 +179,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 clips[variant] = make(models, held_out, tokens, given, used)
                 bar.update()
             found = {v: scores(made, clips[NO_STYLE], held_out) for v, made in clips.items()}
-            changes = direction(found[PREDICTED], found[OFF], control=scale > 0)
-            report[name] = found | {"switched_off": changes}
+            changes = change(found[PREDICTED][1], found[OFF][1], control=scale > 0)
+            report[name] = {v: means for v, (means, _) in found.items()}
+            report[name]["switched_off"] = changes
     return report
 
 
@@ -164,8 +194,10 @@ def print_report(report: dict[str, Any]) -> None:
         for variant in (PREDICTED, OFF, NO_STYLE):
             values = "  ".join(f"{k} {v:.4f}" for k, v in found[variant].items())
             print(f"  {variant:17} {values}")
-        for key in ("more_style", "less_text"):
-            print(f"  switched off, {key.replace('_', ' ')}: {found['switched_off'][key]}")
+        print("  switched off:")
+        for measure_name, c in found["switched_off"].items():
+            interval = f"{c['mean']:+.5f} [{c['low']:+.5f}, {c['high']:+.5f}]"
+            print(f"    {measure_name:17} {interval}  as in the paper: {c['as_in_paper']}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -15,12 +15,12 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -65,9 +65,12 @@ from .encoder_probe import probe_encoder
 from .joint import create_joint_trainer
 from .limit import TimeLimit, TimeOver
 from .samples import (
+    PICTURES,
     REFERENCE_PX,
+    SIZES,
     TEXT_LENGTH,
     TEXT_WIDTH,
+    ClipSize,
     TinySamples,
     draw_samples,
     encode_words,
@@ -107,7 +110,9 @@ class Profile:
     style_steps: int
     control_steps: int
     motion_steps: int
+    stylecrafter_styles: int  # more of them, as pictures
     stylecrafter_steps: int
+    stylecrafter_scales_styles: int
     stylecrafter_scales_steps: int
     stylecrafter_video_steps: int
     validation: int = 16  # held-out styles
@@ -130,7 +135,9 @@ PROFILES = {
         style_steps=20,
         control_steps=20,
         motion_steps=20,
+        stylecrafter_styles=50,
         stylecrafter_steps=40,
+        stylecrafter_scales_styles=50,
         stylecrafter_scales_steps=20,
         stylecrafter_video_steps=20,
         validation=6,
@@ -151,8 +158,10 @@ PROFILES = {
         style_steps=120,
         control_steps=200,
         motion_steps=1200,
-        stylecrafter_steps=6000,
-        stylecrafter_scales_steps=600,
+        stylecrafter_styles=16_000,
+        stylecrafter_steps=10_000,
+        stylecrafter_scales_styles=4000,
+        stylecrafter_scales_steps=500,
         stylecrafter_video_steps=150,
     ),
     "gpu": Profile(
@@ -169,8 +178,10 @@ PROFILES = {
         style_steps=1000,
         control_steps=1000,
         motion_steps=2000,
+        stylecrafter_styles=30_000,
         stylecrafter_steps=10_000,
-        stylecrafter_scales_steps=2000,
+        stylecrafter_scales_styles=10_000,
+        stylecrafter_scales_steps=1000,
         stylecrafter_video_steps=1000,
     ),
 }
@@ -204,6 +215,7 @@ class Recipe:
             "style": self.style,
             "control": self.control,
             "motion": self.motion,
+            "pictures": self.pictures,
             "stylecrafter": self.stylecrafter,
             "stylecrafter-scales": self.stylecrafter_scales,
             "stylecrafter-video": self.stylecrafter_video,
@@ -280,18 +292,42 @@ class Recipe:
 
     def samples(self, folder: Path) -> None:
         """Shards of samples, and held-out ones."""
-        folder.mkdir(parents=True, exist_ok=True)
-        numbers = range(self.profile.validation)
-        jobs = [(folder / "held_out.safetensors", self.out, numbers, self.seed, True)]
-        count = self.profile.num_styles
-        for first in range(0, count, SHARD_STYLES):
-            numbers = range(first, min(first + SHARD_STYLES, count))
-            path = folder / f"train-{first:06d}.safetensors"
-            jobs.append((path, self.out, numbers, self.seed, False))
-        jobs = [job for job in jobs if not job[0].exists()]
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            for path in pool.map(_draw_shard, jobs):
-                logger.info("drew %s", path.name)
+        held_out = _Shard(
+            folder / "held_out.safetensors",
+            self.out,
+            range(self.profile.validation),
+            self.seed,
+            held_out=True,
+        )
+        _draw_shards([held_out, *self._shards(folder / "train", 0, self.profile.num_styles)])
+
+    def pictures(self, folder: Path) -> None:
+        """Shards of pictures in other styles: for StyleCrafter's adapter, then for its scales."""
+        first = self.profile.num_styles
+        shards = []
+        for name, count in (
+            ("style", self.profile.stylecrafter_styles),
+            ("scales", self.profile.stylecrafter_scales_styles),
+        ):
+            shards += self._shards(folder / name, first, count, sizes=PICTURES)
+            first += count
+        _draw_shards(shards)
+
+    def _shards(
+        self, prefix: Path, first: int, count: int, sizes: dict[ClipSize, float] = SIZES
+    ) -> list[_Shard]:
+        end = first + count
+        starts = range(first, end, SHARD_STYLES)
+        return [
+            _Shard(
+                prefix.with_name(f"{prefix.name}-{start:06d}.safetensors"),
+                self.out,
+                range(start, min(start + SHARD_STYLES, end)),
+                self.seed,
+                sizes=sizes,
+            )
+            for start in starts
+        ]
 
     def global_projection(self, folder: Path) -> Outcome:
         """The paper's first stage, on pictures and rearrangements of their own pixels."""
@@ -374,31 +410,35 @@ class Recipe:
     def stylecrafter(self, folder: Path) -> Outcome:
         """StyleCrafter's first stage, on pictures: its adapter, all gains 1.
 
-        At this rate the scale predictor would learn to say "more" and nothing else: after 6000
-        steps all its tanh were at 1.
+        The scale predictor would learn to say "more" and nothing else while the adapter grows:
+        after 6000 steps all its tanh were at 1.
         """
-        return self._stylecrafter(folder, self.profile.stylecrafter_steps, lr=1e-3, scales=False)
+        data = join_samples([self._samples("train"), self._samples("style", "pictures")])
+        steps = self.profile.stylecrafter_steps
+        return self._stylecrafter(folder, data, steps, train="style")
 
     def stylecrafter_scales(self, folder: Path) -> Outcome:
-        """The same stage to its end: the adapter with its scale predictor, at a lower rate."""
+        """The rest of that stage: its scale predictor, on styles that the adapter has not seen.
+
+        Such are those that it will be used with, and it serves them less well.
+        """
+        data, steps = self._samples("scales", "pictures"), self.profile.stylecrafter_scales_steps
         adapter = self._file("stylecrafter/stylecrafter_adapter")
-        steps = self.profile.stylecrafter_scales_steps
-        return self._stylecrafter(folder, steps, lr=2e-4, scales=True, adapter=adapter)
+        return self._stylecrafter(folder, data, steps, train="scales", adapter=adapter)
 
     def _stylecrafter(
         self,
         folder: Path,
+        data: TinySamples,
         steps: int,
         *,
-        lr: float,
-        scales: bool,
+        train: Literal["style", "scales"],
         adapter: dict[str, Tensor] | None = None,
     ) -> Outcome:
-        data, held_out = self._samples("train"), self._samples("held_out")
         pictures = [i for i, size in enumerate(data.sizes) if size[1] == 1]
-        settings = dataclasses.replace(STYLECRAFTER, train_scales=scales)
+        settings = dataclasses.replace(STYLECRAFTER, train=train)
         config = self._config(
-            "stylecrafter", steps, self.profile.joint_batch, lr=lr, stylecrafter=settings
+            "stylecrafter", steps, self.profile.joint_batch, lr=1e-3, stylecrafter=settings
         )
         trainer = create_stylecrafter_trainer(
             config,
@@ -407,7 +447,7 @@ class Recipe:
             adapter=adapter,
             null_text=null_text(),
         )
-        return self._train(trainer, Subset(data, pictures), held_out, folder)
+        return self._train(trainer, Subset(data, pictures), self._samples("held_out"), folder)
 
     def stylecrafter_video(self, folder: Path) -> Outcome:
         """StyleCrafter's second stage: a LoRA that carries the adapter to clips."""
@@ -476,8 +516,8 @@ class Recipe:
     def _contrastive(self) -> dict[str, Tensor]:
         return self._file("global-projection/global_projection")
 
-    def _samples(self, name: str) -> TinySamples:
-        folder = self.out / "samples"
+    def _samples(self, name: str, stage: str = "samples") -> TinySamples:
+        folder = self.out / stage
         paths = sorted(folder.glob(f"{name}-*.safetensors")) or [folder / f"{name}.safetensors"]
         return join_samples([read_samples(path) for path in paths])
 
@@ -544,19 +584,37 @@ def _pass_through(vae: WanVAE | PatchVAE, pictures: np.ndarray) -> None:
         pictures[first : first + 16] = pixels.permute(0, 2, 3, 1).numpy()
 
 
-def _draw_shard(job: tuple[Path, Path, range, int, bool]) -> Path:
-    path, out, numbers, seed, held_out = job
-    torch.set_num_threads(1)
-    samples = draw_samples(
-        numbers,
-        load_vae(out / "vae" / "vae.safetensors"),
-        load_image_encoder(out / "encoder"),
-        seed=seed,
-        held_out=held_out,
-        name=path.stem,
-    )
-    write_samples(path, samples)
-    return path
+@dataclass(frozen=True)
+class _Shard:
+    """A file of samples that is to be drawn with the models of the folder `out`."""
+
+    path: Path
+    out: Path
+    numbers: range
+    seed: int
+    held_out: bool = False
+    sizes: dict[ClipSize, float] = field(default_factory=lambda: SIZES)
+
+    def draw(self) -> None:
+        torch.set_num_threads(1)
+        samples = draw_samples(
+            self.numbers,
+            load_vae(self.out / "vae" / "vae.safetensors"),
+            load_image_encoder(self.out / "encoder"),
+            seed=self.seed,
+            held_out=self.held_out,
+            sizes=self.sizes,
+            name=self.path.stem,
+        )
+        write_samples(self.path, samples)
+
+
+def _draw_shards(shards: Sequence[_Shard]) -> None:
+    """Draw those that are not there, on all cores."""
+    missing = [shard for shard in shards if not shard.path.exists()]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for shard, _ in zip(missing, pool.map(_Shard.draw, missing), strict=True):
+            logger.info("drew %s", shard.path.name)
 
 
 def _fast_attention(device: str) -> contextlib.AbstractContextManager[object]:

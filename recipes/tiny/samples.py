@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +51,7 @@ SIZES: dict[ClipSize, float] = {
     ClipSize(5, 64, 96): 0.2,
     ClipSize(1, 128, 128, 4): 0.2,
 }
+PICTURES: dict[ClipSize, float] = {ClipSize(1, 128, 128): 1.0}
 
 
 @dataclass
@@ -121,6 +122,7 @@ def draw_samples(
     *,
     seed: int,
     held_out: bool = False,
+    sizes: Mapping[ClipSize, float] = SIZES,
     name: str = "samples",
 ) -> TinySamples:
     """Draw styles, apply them to clips and references, and encode all.
@@ -131,6 +133,7 @@ def draw_samples(
         encoder: of the references.
         seed: of everything.
         held_out: draw from the styles and contents that are left out otherwise.
+        sizes: with how many clips of each size a style is shown.
         name: for the progress bar.
     """
     latents: list[Tensor] = []
@@ -152,7 +155,7 @@ def draw_samples(
         rng = np.random.default_rng([seed, int(held_out), number])
         style = draw_style(rng, held_out=held_out)
         pictures.append(_reference(rng, style, held_out))
-        for size, count in SIZES.items():
+        for size, count in sizes.items():
             for _ in range(int(count + rng.random())):
                 clip, caption = draw_clip(
                     rng, size.num_frames, size.height, size.width, held_out=held_out

@@ -140,7 +140,9 @@ class StyleCrafterConfig:
     scale_num_layers: int = 2
     scale_num_heads: int | None = None  # None: width / 64
     norm: bool = True  # LayerNorm of the style branch; it starts at 0, so at the base model
-    train_scales: bool = True  # whether the scale predictor learns; a new one predicts gain 1
+    # What the first stage trains: "scales" is the scale predictor alone (a new one says gain 1),
+    # "style" all the rest.
+    train: Literal["all", "style", "scales"] = "all"
     rank: int = 32  # of the second stage's LoRA
     image_share: float = 0.2  # of the second stage's samples
 

@@ -76,10 +76,13 @@ class StyleCrafterTrainer(FlowMatchTrainer):
 
     def train_parts(self) -> None:
         """Let the gradients reach what is trained."""
-        trainable(self.transformer.style_attention)
-        trainable(self.encoder.image_context_model)
-        if self.config.stylecrafter.train_scales:
-            trainable(self.encoder.scale_predictor)
+        style = (self.transformer.style_attention, self.encoder.image_context_model)
+        scales = (self.encoder.scale_predictor,)
+        chosen = {"all": (*style, *scales), "style": style, "scales": scales}
+        self.encoder.requires_grad_(False)
+        self.transformer.style_attention.requires_grad_(False)
+        for part in chosen[self.config.stylecrafter.train]:
+            trainable(part)
 
     def velocity(self, noisy: Tensor, timestep: Tensor, text: Tensor, batch: Sample) -> Tensor:
         return self.transformer(noisy, timestep, text, style=self.regions(batch))
@@ -297,7 +300,15 @@ def create_stylecrafter_trainer(
         adapter: to start from; None for new weights.
         num_heads: of the transformer; None for width / 128.
         more: `null_text` and `provenance` of `FlowMatchTrainer`.
+
+    Raises:
+        ConfigError: if only the scales are to be trained and there is no adapter.
     """
+    if adapter is None and config.stylecrafter.train == "scales":
+        raise ConfigError(
+            "stylecrafter.train is scales, and there is no adapter whose scales they could be; "
+            "name one (--adapter), or train all"
+        )
     transformer = frozen_transformer(base, config, num_heads)
     if adapter is None:
         norm = config.stylecrafter.norm

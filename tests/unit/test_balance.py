@@ -2,10 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from bench.balance import OFF, PREDICTED, direction, main, spread
+from bench.balance import (
+    OFF,
+    PREDICTED,
+    STYLE_MEASURES,
+    TEXT_MEASURES,
+    change,
+    main,
+    spread,
+)
 
 
 def test_spread_tells_styles_from_prompts():
@@ -17,16 +26,22 @@ def test_spread_tells_styles_from_prompts():
     assert found["mean"] == 1.0 and found["mean_of_layers"] == [1.0] * 4
 
 
-def test_direction_is_the_papers():
-    on = {"colour": 0.2, "gabor": 1.0, "retrieval": 0.5, "luma_to_content": 0.9}
-    on["luma_to_no_style"] = 0.9
-    off = {key: value * (1.1 if key == "retrieval" else 0.9) for key, value in on.items()}
-    found = direction(on, off, control=True)
-    assert all(found["more_style"].values()) and all(found["less_text"].values())
-    found = direction(off, on, control=False)
-    assert not any(found["more_style"].values()) and found["less_text"] == {
-        "luma_to_no_style": False
-    }
+def test_change_says_when_it_goes_the_papers_way():
+    on = {name: np.linspace(0.5, 1, 16) for name in (*STYLE_MEASURES, *TEXT_MEASURES)}
+    nearer = {name: values * (1.1 if name == "similarity" else 0.9) for name, values in on.items()}
+    found = change(on, nearer, control=True)
+    assert [c["as_in_paper"] for c in found.values()] == [True] * 5
+    assert found["colour"]["low"] < found["colour"]["mean"] == pytest.approx(-0.075)
+    found = change(nearer, on, control=False)
+    assert "luma_to_content" not in found
+    assert [c["as_in_paper"] for c in found.values()] == [False] * 4
+
+
+def test_change_that_may_be_chance_is_not_called_one():
+    noise = np.random.default_rng(1).standard_normal(16)
+    on = {name: np.zeros(16) for name in (*STYLE_MEASURES, *TEXT_MEASURES)}
+    found = change(on, {name: noise - noise.mean() + 0.01 for name in on}, control=True)
+    assert [c["as_in_paper"] for c in found.values()] == [None] * 5
 
 
 def test_report(tmp_path):
@@ -38,8 +53,9 @@ def test_report(tmp_path):
     for name in ("with_control", "without_control"):
         found = report[name]
         assert found["no style"]["luma_to_no_style"] == pytest.approx(1)
-        change = found["switched_off"]["change"]["colour"]
-        assert change == found[OFF]["colour"] - found[PREDICTED]["colour"]
+        switched = found["switched_off"]["colour"]
+        assert switched["mean"] == pytest.approx(found[OFF]["colour"] - found[PREDICTED]["colour"])
+        assert switched["low"] <= switched["mean"] <= switched["high"]
 
 
 def test_options_that_cannot_work(tmp_path, capsys):

@@ -138,6 +138,27 @@ def test_nothing_of_the_adapter_is_stuck(base, tmp_path, norm):
     assert all(torch.equal(p, frozen[n]) for n, p in trainer.named_parameters() if n in frozen)
 
 
+@pytest.mark.parametrize(("chosen", "begun"), [("style", False), ("style", True), ("scales", True)])
+def test_parts_of_the_adapter_learn_alone(base, stage_one, tmp_path, chosen, begun):
+    config = config_of("stylecrafter", 2, stylecrafter=dataclasses.replace(CRAFTER, train=chosen))
+    last = "scale_predictor.out_proj.2."  # 0: gain 1, far from where tanh is flat
+    trained = stage_one[0].tensors
+    adapter = {k: v * (not k.startswith(last)) for k, v in trained.items()} if begun else None
+    trainer = create_stylecrafter_trainer(config, base, features(), adapter=adapter, num_heads=2)
+    before = {key: value.clone() for key, value in trainer.outputs()[0].tensors.items()}
+    train(trainer, PICTURES.dataset(8), tmp_path, validation=PICTURES.dataset(2))
+    after = trainer.outputs()[0].tensors
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert {key.startswith("scale_predictor.") for key in changed} == {chosen == "scales"}
+
+
+def test_scales_of_no_adapter_are_refused(base):
+    config = config_of("stylecrafter", stylecrafter=dataclasses.replace(CRAFTER, train="scales"))
+    with pytest.raises(ConfigError, match="stylecrafter.train is scales.*--adapter"):
+        create_stylecrafter_trainer(config, base, features(), num_heads=2)
+
+
 def test_a_dropped_style_is_the_base_model(base, stage_one):
     config = config_of("stylecrafter", style=StyleConfig(drop_style=0.5, drop_both=0.0))
     adapter = stage_one[0].tensors
