@@ -56,6 +56,20 @@ GLOBAL_PROJECTION = Trainer(
 STYLE = Trainer("style", "style-images", "style_adapter.safetensors", ADAPTERS)
 MOTION = Trainer("motion", "motion", "motion_adapter.safetensors", "loras")
 CONTROL = Trainer("control", "control", "controlnet.safetensors", "controlnet")
+STYLECRAFTER_FILE = "stylecrafter_adapter.safetensors"
+STYLECRAFTER = {  # by its preset
+    trainer.preset: trainer
+    for trainer in (
+        Trainer("stylecrafter", "stylecrafter-images", STYLECRAFTER_FILE, ADAPTERS),
+        Trainer("stylecrafter", "stylecrafter-scales", STYLECRAFTER_FILE, ADAPTERS),
+        Trainer(
+            "stylecrafter-video",
+            "stylecrafter-clips",
+            "stylecrafter_video_lora.safetensors",
+            "loras",
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,13 @@ class RunSettings:
 
 
 def _trainer_schema(
-    trainer: Trainer, file_name: str, *, cache: str, own: Sequence[io.Input] = (), **texts: Any
+    trainer: Trainer,
+    file_name: str,
+    *,
+    cache: str,
+    own: Sequence[io.Input] = (),
+    folder: str | None = None,
+    **texts: Any,
 ) -> io.Schema:
     """Schema of a trainer's node.
 
@@ -85,6 +105,7 @@ def _trainer_schema(
         file_name: default.
         cache: what it is to hold.
         own: inputs that not all trainers have.
+        folder: what to say of it where it depends on other inputs.
         texts: of the node.
     """
     run, optimizer = PRESETS[trainer.preset].run, PRESETS[trainer.preset].optimizer
@@ -94,8 +115,8 @@ def _trainer_schema(
         io.String.Input(
             "file_name",
             default=file_name,
-            tooltip=f"Name of the trained file in models/{trainer.folder}; an existing one is "
-            "never overwritten.",
+            tooltip=f"Name of the trained file in models/{folder or trainer.folder}; an existing "
+            "one is never overwritten.",
         ),
         io.String.Input(
             "run_name",
@@ -389,4 +410,46 @@ class TrainGrayTileControl(io.ComfyNode):
         return run_training(cls, CONTROL, cache, RunSettings(**run), start)
 
 
-NODES = [TrainGlobalProjection, TrainStyle, TrainMotionAdapter, TrainGrayTileControl]
+class TrainStyleCrafter(io.ComfyNode):
+    """STYLE_CACHE -> a StyleCrafter adapter for Wan in models/stylemaster, or its LoRA in loras."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _trainer_schema(
+            STYLECRAFTER["stylecrafter-images"],
+            "stylecrafter_adapter",
+            folder="stylemaster, of the 3rd stage in models/loras",
+            node_id="StyleMasterTrainStyleCrafter",
+            display_name="Train StyleCrafter",
+            description="Trains a StyleCrafter adapter for Wan on pictures, then its predicted "
+            "scales, then a LoRA by which it serves videos.",
+            search_aliases=["train stylecrafter", "train ip adapter", "scale predictor training"],
+            cache="Encoded pictures (other ones for the 2nd stage), or clips and pictures for the "
+            "3rd.",
+            own=[
+                _base_input(),
+                io.Combo.Input(
+                    "stage",
+                    options=list(STYLECRAFTER),
+                    tooltip="Preset: first the adapter on pictures, then, from that adapter, its "
+                    "scales, then the LoRA on clips.",
+                ),
+                _start_input("adapter", "StyleCrafter adapter"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, cache: Cache, base_model: str, stage: str, adapter: str, **run: Any
+    ) -> io.NodeOutput:
+        start = {"base_model": base_model, "adapter": adapter}
+        return run_training(cls, STYLECRAFTER[stage], cache, RunSettings(**run), start)
+
+
+NODES = [
+    TrainGlobalProjection,
+    TrainStyle,
+    TrainMotionAdapter,
+    TrainGrayTileControl,
+    TrainStyleCrafter,
+]

@@ -380,12 +380,24 @@ PRESETS: dict[str, TrainConfig] = {
         OptimizerConfig(lr=5e-5, warmup_steps=500, ema_decay=0.999),
     ),
     # StyleCrafter, stage 1 (its SDXL version: 80k steps of 128, lr 5e-5, no dropout of conditions).
+    # The original trains the scale predictor along. Here the style branch grows from nothing, and a
+    # predictor beside it learns to say "more" until its tanh is flat.
     "stylecrafter-images": TrainConfig(
         "stylecrafter",
         dataclasses.replace(_BIG, num_steps=40_000, batch_size=16, save_every=1000),
         OptimizerConfig(lr=5e-5, weight_decay=0.0),
         FlowConfig(drop_text=0.0),
         StyleConfig(drop_style=0.0, drop_both=0.0),
+        stylecrafter=StyleCrafterConfig(train="style"),
+    ),
+    # The rest of stage 1, best on pictures that the adapter has not seen. The numbers are ours.
+    "stylecrafter-scales": TrainConfig(
+        "stylecrafter",
+        dataclasses.replace(_BIG, num_steps=2000, batch_size=16),
+        OptimizerConfig(lr=1e-4, schedule="cosine", weight_decay=0.0),
+        FlowConfig(drop_text=0.0),
+        StyleConfig(drop_style=0.0, drop_both=0.0),
+        stylecrafter=StyleCrafterConfig(train="scales"),
     ),
     # Stage 2 (its video version: 20k steps on 8 GPUs), from the adapter of stage 1.
     "stylecrafter-clips": TrainConfig(

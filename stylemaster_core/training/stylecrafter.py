@@ -307,7 +307,7 @@ def create_stylecrafter_trainer(
     if adapter is None and config.stylecrafter.train == "scales":
         raise ConfigError(
             "stylecrafter.train is scales, and there is no adapter whose scales they could be; "
-            "name one (--adapter), or train all"
+            "give the adapter, or train all of a new one"
         )
     transformer = frozen_transformer(base, config, num_heads)
     if adapter is None:

@@ -40,6 +40,7 @@ NODE_IDS = {
     "StyleMasterTrainGrayTileControl",
     "StyleMasterTrainMotionAdapter",
     "StyleMasterTrainStyle",
+    "StyleMasterTrainStyleCrafter",
     "StyleMasterTrainingMonitor",
 }
 FRAMES, WIDTH, HEIGHT = 7, 62, 46  # padded to 9, 64 and 48

@@ -68,6 +68,10 @@ CACHE = node(
     gray_tile=True,
 )
 STILLS = {"data": DATA, "cache": CACHE}
+PICTURES = {
+    "data": {**DATA, "inputs": {**DATA["inputs"], "still_frames": 0}},
+    "cache": {**CACHE, "inputs": {**CACHE["inputs"], "name": "pictures", "num_frames": 1}},
+}
 PAIRS = {
     "data": node(
         "StyleMasterIllusionDataset",
@@ -171,6 +175,12 @@ def use_motion(file: str) -> dict[str, Any]:
     }
 
 
+def use_adapter(file: str) -> dict[str, Any]:
+    """The next stage of StyleCrafter."""
+    inputs = {"stage": "stylecrafter-scales", "adapter": file, "steps": 2}
+    return {**PICTURES, "next": train("StyleCrafter", "scales", **BASE, **inputs)}
+
+
 def use_control(file: str) -> dict[str, Any]:
     graph = test_nodes.workflow(
         frames=node("LoadImage", image="style_0.png"),
@@ -196,6 +206,7 @@ NEW = {
     "Style": {"stage": "style-images", "adapter": "new", "global_projection": "new"},
     "MotionAdapter": {"motion_adapter": "new", "rank": 2},
     "GrayTileControl": {"controlnet": "new"},
+    "StyleCrafter": {"stage": "stylecrafter-images", "adapter": "new"},
 }
 CASES = {
     "GlobalProjection": Case(
@@ -209,6 +220,13 @@ CASES = {
     ),
     "GrayTileControl": Case(
         STILLS, BASE | NEW["GrayTileControl"], "controlnet.safetensors", "controlnet", use_control
+    ),
+    "StyleCrafter": Case(
+        PICTURES,
+        BASE | NEW["StyleCrafter"],
+        "stylecrafter_adapter.safetensors",
+        "stylemaster",
+        use_adapter,
     ),
 }
 
@@ -239,8 +257,11 @@ def shows(preview: np.ndarray, sheet: Path) -> bool:
     lower = preview[CURVE_HEIGHT:]
     if not len(lower):
         return False
-    expected = Image.open(sheet).resize((CURVE_WIDTH, CURVE_WIDTH // 5))  # five square frames
-    return np.abs(lower - np.array(expected)).mean() < 4
+    frames = Image.open(sheet)
+    width = round(frames.width * len(lower) / frames.height)
+    left = (CURVE_WIDTH - width) // 2
+    expected = np.array(frames.resize((width, len(lower))))
+    return np.abs(lower[:, left : left + width] - expected).mean() < 4
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -303,6 +324,26 @@ def test_interrupt_resume_and_use(comfy, name):
     outputs = run(comfy, case.use(f"{file}.safetensors")).outputs["next"]
     assert outputs["images"] if name != "MotionAdapter" else outputs["max_difference"][0] > 1e-6
     assert target.read_bytes() == before
+
+
+def test_stylecrafter_stage_by_stage(comfy):
+    def stage(name: str, adapter: str, data: dict[str, Any], **more: Any) -> str:
+        inputs = {**BASE, "stage": name, "adapter": adapter, **more}
+        result = run(comfy, {**data, "train": train("StyleCrafter", name, **inputs)})
+        return result.outputs["train"] and f"{name}.safetensors"
+
+    adapter = stage("stylecrafter-images", "new", PICTURES)
+    scales = stage("stylecrafter-scales", adapter, PICTURES)
+    without_pictures = "\n".join([*SETTINGS, "stylecrafter.image_share=0"])
+    lora = stage("stylecrafter-clips", scales, STILLS, settings=without_pictures)
+    folders = {adapter: "stylemaster", scales: "stylemaster", lora: "loras"}
+    assert all((comfy.models_dir / folder / name).is_file() for name, folder in folders.items())
+    for name in (adapter, scales):
+        assert run(comfy, use_style(name)).outputs["next"]["images"]
+    assert run(comfy, use_motion(lora)).outputs["next"]["max_difference"][0] > 1e-6
+    graph = {**PICTURES, "train": train("StyleCrafter", "no", **BASE, **NEW["StyleCrafter"])}
+    graph["train"]["inputs"]["stage"] = "stylecrafter-scales"
+    assert "there is no adapter whose scales" in refusal(comfy, graph)
 
 
 def test_an_existing_file_is_not_overwritten(comfy):

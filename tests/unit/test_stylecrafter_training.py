@@ -155,7 +155,7 @@ def test_parts_of_the_adapter_learn_alone(base, stage_one, tmp_path, chosen, beg
 
 def test_scales_of_no_adapter_are_refused(base):
     config = config_of("stylecrafter", stylecrafter=dataclasses.replace(CRAFTER, train="scales"))
-    with pytest.raises(ConfigError, match="stylecrafter.train is scales.*--adapter"):
+    with pytest.raises(ConfigError, match="stylecrafter.train is scales.*give the adapter"):
         create_stylecrafter_trainer(config, base, features(), num_heads=2)
 
 
