@@ -339,8 +339,12 @@ def test_a_restarted_server_that_has_forgotten_the_job_gets_it_again(fakes, batc
 
 def test_a_server_comes_back(fakes, batch):
     fake = fakes(job_s=0.1)
-    threading.Timer(0.15, fake.die).start()
-    threading.Timer(0.4, fake.restart).start()
+
+    def die():
+        fake.die()
+        threading.Timer(0.25, fake.restart).start()
+
+    once_working(fake, die)
     assert batch(fake) == 0
     assert results(batch) == expected(*"abc")
 
