@@ -97,8 +97,8 @@ def scores(
         "luma_to_no_style": _luma(clips, plain),
     }
     summary = found.summary()
-    shares = {name: summary[name] for name in ("colour_p", "gabor_p", "retrieval")}
-    return {name: float(values.mean()) for name, values in each.items()} | shares, each
+    gates = {n: summary[n] for n in ("colour_p", "gabor_p", "retrieval", "difference_true")}
+    return {name: float(values.mean()) for name, values in each.items()} | gates, each
 
 
 def _luma(clips: Clips, others: Clips) -> np.ndarray:

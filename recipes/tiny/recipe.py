@@ -12,13 +12,9 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from multiprocessing import get_context
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -64,127 +60,29 @@ from .encoder_pool import draw_pool, load_or_draw_pool
 from .encoder_probe import probe_encoder
 from .joint import create_joint_trainer
 from .limit import TimeLimit, TimeOver
+from .profiles import PROFILES, Profile
 from .samples import (
     PICTURES,
     REFERENCE_PX,
-    SIZES,
     TEXT_LENGTH,
     TEXT_WIDTH,
-    ClipSize,
     TinySamples,
-    draw_samples,
     encode_words,
     join_samples,
-    read_samples,
     still_samples,
     words_encoder,
-    write_samples,
 )
+from .shards import draw_shards, read_shards
 from .styles import draw_style
 from .vae import clip_pool, draw_clips, evaluate_vae, fit_pca, train_vae
 
 logger = logging.getLogger("stylemaster")
 
 SHIPPED = Path(__file__).parents[2] / "stylemaster_core" / "tiny"
-SHARD_STYLES = 250
 STILL_FRAMES = 3  # latent ones, of the clips that the motion adapter learns from
 UNFINISHED = 3  # exit status
 STYLECRAFTER = StyleCrafterConfig(num_layers=2, scale_width=128, scale_num_layers=2, rank=16)
 PAIR_VIEWS = ("patches", "jigsaw", "rotate180", "flip_horizontal", "flip_vertical")
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How much work each stage does; steps are optimiser steps."""
-
-    vae_steps: int
-    vae_batch: int
-    vae_pool: dict[int, int]  # clips by size
-    encoder_steps: int
-    encoder_pool: dict[str, int]
-    num_pairs: int
-    projection_steps: int
-    num_styles: int
-    joint_steps: int
-    joint_batch: int
-    style_steps: int
-    control_steps: int
-    motion_steps: int
-    stylecrafter_styles: int  # more of them, as pictures
-    stylecrafter_steps: int
-    stylecrafter_scales_styles: int
-    stylecrafter_scales_steps: int
-    stylecrafter_video_steps: int
-    validation: int = 16  # held-out styles
-    lr: float = 1e-3  # of the joint training
-    vae_lr: float = 1e-3
-
-
-PROFILES = {
-    "smoke": Profile(
-        vae_steps=300,
-        vae_batch=1,
-        vae_pool={64: 300, 128: 100},
-        encoder_steps=250,
-        encoder_pool={"num_styles": 300, "pictures": 2, "contents": 200},
-        num_pairs=200,
-        projection_steps=60,
-        num_styles=150,
-        joint_steps=60,
-        joint_batch=8,
-        style_steps=20,
-        control_steps=20,
-        motion_steps=20,
-        stylecrafter_styles=50,
-        stylecrafter_steps=40,
-        stylecrafter_scales_styles=50,
-        stylecrafter_scales_steps=20,
-        stylecrafter_video_steps=20,
-        validation=6,
-        lr=2e-3,
-        vae_lr=4e-4,
-    ),
-    "cpu": Profile(
-        vae_steps=2500,
-        vae_batch=2,
-        vae_pool={64: 4000, 128: 2000},
-        encoder_steps=3000,
-        encoder_pool={"num_styles": 8000, "pictures": 3, "contents": 3000},
-        num_pairs=4000,
-        projection_steps=300,
-        num_styles=6000,
-        joint_steps=4300,
-        joint_batch=32,
-        style_steps=120,
-        control_steps=200,
-        motion_steps=1200,
-        stylecrafter_styles=16_000,
-        stylecrafter_steps=10_000,
-        stylecrafter_scales_styles=4000,
-        stylecrafter_scales_steps=500,
-        stylecrafter_video_steps=150,
-    ),
-    "gpu": Profile(
-        vae_steps=20_000,
-        vae_batch=16,
-        vae_pool={64: 12_000, 128: 6000},
-        encoder_steps=8000,
-        encoder_pool={"num_styles": 20_000, "pictures": 3, "contents": 6000},
-        num_pairs=10_000,
-        projection_steps=1500,
-        num_styles=40_000,
-        joint_steps=8000,
-        joint_batch=256,
-        style_steps=1000,
-        control_steps=1000,
-        motion_steps=2000,
-        stylecrafter_styles=30_000,
-        stylecrafter_steps=10_000,
-        stylecrafter_scales_styles=10_000,
-        stylecrafter_scales_steps=1000,
-        stylecrafter_video_steps=1000,
-    ),
-}
 
 
 class Outcome(NamedTuple):
@@ -292,42 +190,21 @@ class Recipe:
 
     def samples(self, folder: Path) -> None:
         """Shards of samples, and held-out ones."""
-        held_out = _Shard(
-            folder / "held_out.safetensors",
-            self.out,
-            range(self.profile.validation),
-            self.seed,
-            held_out=True,
-        )
-        _draw_shards([held_out, *self._shards(folder / "train", 0, self.profile.num_styles)])
+        held_out = range(self.profile.validation)
+        draw_shards(folder / "held_out", held_out, self.out, seed=self.seed, held_out=True)
+        train = range(self.profile.num_styles)
+        draw_shards(folder / "train", train, self.out, seed=self.seed)
 
     def pictures(self, folder: Path) -> None:
         """Shards of pictures in other styles: for StyleCrafter's adapter, then for its scales."""
         first = self.profile.num_styles
-        shards = []
         for name, count in (
             ("style", self.profile.stylecrafter_styles),
             ("scales", self.profile.stylecrafter_scales_styles),
         ):
-            shards += self._shards(folder / name, first, count, sizes=PICTURES)
+            numbers = range(first, first + count)
+            draw_shards(folder / name, numbers, self.out, seed=self.seed, sizes=PICTURES)
             first += count
-        _draw_shards(shards)
-
-    def _shards(
-        self, prefix: Path, first: int, count: int, sizes: dict[ClipSize, float] = SIZES
-    ) -> list[_Shard]:
-        end = first + count
-        starts = range(first, end, SHARD_STYLES)
-        return [
-            _Shard(
-                prefix.with_name(f"{prefix.name}-{start:06d}.safetensors"),
-                self.out,
-                range(start, min(start + SHARD_STYLES, end)),
-                self.seed,
-                sizes=sizes,
-            )
-            for start in starts
-        ]
 
     def global_projection(self, folder: Path) -> Outcome:
         """The paper's first stage, on pictures and rearrangements of their own pixels."""
@@ -517,9 +394,7 @@ class Recipe:
         return self._file("global-projection/global_projection")
 
     def _samples(self, name: str, stage: str = "samples") -> TinySamples:
-        folder = self.out / stage
-        paths = sorted(folder.glob(f"{name}-*.safetensors")) or [folder / f"{name}.safetensors"]
-        return join_samples([read_samples(path) for path in paths])
+        return read_shards(self.out / stage / name)
 
     def _pairs(self, count: int, *, held_out: bool) -> MemoryDataset:
         encoder = load_image_encoder(self.out / "encoder", device=self.device)
@@ -582,39 +457,6 @@ def _pass_through(vae: WanVAE | PatchVAE, pictures: np.ndarray) -> None:
         decoded = vae.decode(vae.encode(chunk.float() / 127.5 - 1))[:, :, 0]
         pixels = ((decoded + 1) * 127.5).round().clamp(0, 255).byte()
         pictures[first : first + 16] = pixels.permute(0, 2, 3, 1).numpy()
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A file of samples that is to be drawn with the models of the folder `out`."""
-
-    path: Path
-    out: Path
-    numbers: range
-    seed: int
-    held_out: bool = False
-    sizes: dict[ClipSize, float] = field(default_factory=lambda: SIZES)
-
-    def draw(self) -> None:
-        torch.set_num_threads(1)
-        samples = draw_samples(
-            self.numbers,
-            load_vae(self.out / "vae" / "vae.safetensors"),
-            load_image_encoder(self.out / "encoder"),
-            seed=self.seed,
-            held_out=self.held_out,
-            sizes=self.sizes,
-            name=self.path.stem,
-        )
-        write_samples(self.path, samples)
-
-
-def _draw_shards(shards: Sequence[_Shard]) -> None:
-    """Draw those that are not there, on all cores."""
-    missing = [shard for shard in shards if not shard.path.exists()]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for shard, _ in zip(missing, pool.map(_Shard.draw, missing), strict=True):
-            logger.info("drew %s", shard.path.name)
 
 
 def _fast_attention(device: str) -> contextlib.AbstractContextManager[object]:

@@ -1,0 +1,99 @@
+"""How much work the recipe does: seconds to try it, hours on a CPU, minutes on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much work each stage does; steps are optimiser steps."""
+
+    vae_steps: int
+    vae_batch: int
+    vae_pool: dict[int, int]  # clips by size
+    encoder_steps: int
+    encoder_pool: dict[str, int]
+    num_pairs: int
+    projection_steps: int
+    num_styles: int
+    joint_steps: int
+    joint_batch: int
+    style_steps: int
+    control_steps: int
+    motion_steps: int
+    stylecrafter_styles: int  # more of them, as pictures
+    stylecrafter_steps: int
+    stylecrafter_scales_styles: int
+    stylecrafter_scales_steps: int
+    stylecrafter_video_steps: int
+    validation: int = 16  # held-out styles
+    lr: float = 1e-3  # of the joint training
+    vae_lr: float = 1e-3
+
+
+PROFILES = {
+    "smoke": Profile(
+        vae_steps=300,
+        vae_batch=1,
+        vae_pool={64: 300, 128: 100},
+        encoder_steps=250,
+        encoder_pool={"num_styles": 300, "pictures": 2, "contents": 200},
+        num_pairs=200,
+        projection_steps=60,
+        num_styles=150,
+        joint_steps=60,
+        joint_batch=8,
+        style_steps=20,
+        control_steps=20,
+        motion_steps=20,
+        stylecrafter_styles=50,
+        stylecrafter_steps=40,
+        stylecrafter_scales_styles=50,
+        stylecrafter_scales_steps=20,
+        stylecrafter_video_steps=20,
+        validation=6,
+        lr=2e-3,
+        vae_lr=4e-4,
+    ),
+    "cpu": Profile(
+        vae_steps=2500,
+        vae_batch=2,
+        vae_pool={64: 4000, 128: 2000},
+        encoder_steps=3000,
+        encoder_pool={"num_styles": 8000, "pictures": 3, "contents": 3000},
+        num_pairs=4000,
+        projection_steps=300,
+        num_styles=6000,
+        joint_steps=4300,
+        joint_batch=32,
+        style_steps=120,
+        control_steps=200,
+        motion_steps=1200,
+        stylecrafter_styles=16_000,
+        stylecrafter_steps=10_000,
+        stylecrafter_scales_styles=4000,
+        stylecrafter_scales_steps=500,
+        stylecrafter_video_steps=150,
+    ),
+    "gpu": Profile(
+        vae_steps=20_000,
+        vae_batch=16,
+        vae_pool={64: 12_000, 128: 6000},
+        encoder_steps=8000,
+        encoder_pool={"num_styles": 20_000, "pictures": 3, "contents": 6000},
+        num_pairs=10_000,
+        projection_steps=1500,
+        num_styles=40_000,
+        joint_steps=8000,
+        joint_batch=256,
+        style_steps=1000,
+        control_steps=1000,
+        motion_steps=2000,
+        stylecrafter_styles=30_000,
+        stylecrafter_steps=10_000,
+        stylecrafter_scales_styles=10_000,
+        stylecrafter_scales_steps=1000,
+        stylecrafter_video_steps=1000,
+    ),
+}
