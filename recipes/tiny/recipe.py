@@ -198,12 +198,18 @@ class Recipe:
     def pictures(self, folder: Path) -> None:
         """Shards of pictures in other styles: for StyleCrafter's adapter, then for its scales."""
         first = self.profile.num_styles
-        for name, count in (
-            ("style", self.profile.stylecrafter_styles),
-            ("scales", self.profile.stylecrafter_scales_styles),
+        for name, count, crop in (
+            ("style", self.profile.stylecrafter_styles, False),
+            ("scales", self.profile.stylecrafter_scales_styles, True),
         ):
-            numbers = range(first, first + count)
-            draw_shards(folder / name, numbers, self.out, seed=self.seed, sizes=PICTURES)
+            draw_shards(
+                folder / name,
+                range(first, first + count),
+                self.out,
+                seed=self.seed,
+                sizes=PICTURES,
+                crop_references=crop,
+            )
             first += count
 
     def global_projection(self, folder: Path) -> Outcome:
@@ -292,16 +298,16 @@ class Recipe:
         """
         data = join_samples([self._samples("train"), self._samples("style", "pictures")])
         steps = self.profile.stylecrafter_steps
-        return self._stylecrafter(folder, data, steps, train="style")
+        return self._stylecrafter(folder, data, steps, lr=1e-3, train="style")
 
     def stylecrafter_scales(self, folder: Path) -> Outcome:
         """The rest of that stage: its scale predictor, on styles that the adapter has not seen.
 
-        Such are those that it will be used with, and it serves them less well.
+        Such are those that it will be used with. At a higher rate all gains became one number.
         """
         data, steps = self._samples("scales", "pictures"), self.profile.stylecrafter_scales_steps
         adapter = self._file("stylecrafter/stylecrafter_adapter")
-        return self._stylecrafter(folder, data, steps, train="scales", adapter=adapter)
+        return self._stylecrafter(folder, data, steps, lr=3e-4, train="scales", adapter=adapter)
 
     def _stylecrafter(
         self,
@@ -309,13 +315,14 @@ class Recipe:
         data: TinySamples,
         steps: int,
         *,
+        lr: float,
         train: Literal["style", "scales"],
         adapter: dict[str, Tensor] | None = None,
     ) -> Outcome:
         pictures = [i for i, size in enumerate(data.sizes) if size[1] == 1]
         settings = dataclasses.replace(STYLECRAFTER, train=train)
         config = self._config(
-            "stylecrafter", steps, self.profile.joint_batch, lr=1e-3, stylecrafter=settings
+            "stylecrafter", steps, self.profile.joint_batch, lr=lr, stylecrafter=settings
         )
         trainer = create_stylecrafter_trainer(
             config,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .contents import draw_clip
 from .styles import StyleFilter, draw_style
 
 REFERENCE_PX = 128
+MIN_CROP = 0.64  # StyleCrafter's references are 512 px out of 800
 TEXT_WIDTH, TEXT_LENGTH = 4096, 24
 # What the words of a caption do not say is left to chance: the model meets unknown words, too.
 UNKNOWN_WORDS = 0.1
@@ -123,6 +125,7 @@ def draw_samples(
     seed: int,
     held_out: bool = False,
     sizes: Mapping[ClipSize, float] = SIZES,
+    crop_references: bool = False,
     name: str = "samples",
 ) -> TinySamples:
     """Draw styles, apply them to clips and references, and encode all.
@@ -134,6 +137,7 @@ def draw_samples(
         seed: of everything.
         held_out: draw from the styles and contents that are left out otherwise.
         sizes: with how many clips of each size a style is shown.
+        crop_references: a part of each, enlarged: textures are as coarse as chance has it.
         name: for the progress bar.
     """
     latents: list[Tensor] = []
@@ -154,7 +158,8 @@ def draw_samples(
     for number in tqdm(numbers, desc=name, unit="style", mininterval=5):
         rng = np.random.default_rng([seed, int(held_out), number])
         style = draw_style(rng, held_out=held_out)
-        pictures.append(_reference(rng, style, held_out))
+        picture = _reference(rng, style, held_out)
+        pictures.append(_cropped(rng, picture) if crop_references else picture)
         for size, count in sizes.items():
             for _ in range(int(count + rng.random())):
                 clip, caption = draw_clip(
@@ -194,6 +199,13 @@ def _pixels(picture: np.ndarray) -> Tensor:
 def _reference(rng: np.random.Generator, style: StyleFilter, held_out: bool) -> np.ndarray:
     picture, _ = draw_clip(rng, 1, REFERENCE_PX, REFERENCE_PX, held_out=held_out)
     return style.apply(picture)[0]
+
+
+def _cropped(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    side = round(REFERENCE_PX * rng.uniform(MIN_CROP, 1))
+    y, x = rng.integers(0, REFERENCE_PX - side + 1, 2)
+    part = picture[y : y + side, x : x + side]
+    return cv2.resize(part, (REFERENCE_PX, REFERENCE_PX), interpolation=cv2.INTER_CUBIC)
 
 
 def _with_unknown_words(rng: np.random.Generator, caption: str) -> str:

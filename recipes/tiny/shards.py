@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +15,6 @@ from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.vae import load_vae
 
 from .samples import (
-    SIZES,
-    ClipSize,
     TinySamples,
     draw_samples,
     join_samples,
@@ -35,8 +33,7 @@ def draw_shards(
     models: Path,
     *,
     seed: int,
-    held_out: bool = False,
-    sizes: Mapping[ClipSize, float] = SIZES,
+    **options: Any,
 ) -> None:
     """Draw samples into files `PREFIX-000250.safetensors` and so on.
 
@@ -44,14 +41,13 @@ def draw_shards(
         prefix: folder, and how the names begin.
         numbers: of the styles, by which the files are named.
         models: folder of the recipe, whose `vae` and `encoder` encode the samples.
-        seed: of `draw_samples`, as the others are.
-        held_out: see there.
-        sizes: see there.
+        seed: of `draw_samples`.
+        options: of it.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     starts = numbers[::SHARD_STYLES]
     jobs = [
-        (_path(prefix, start), models, range(start, end), seed, held_out, sizes)
+        (_path(prefix, start), models, range(start, end), {"seed": seed, **options})
         for start, end in zip(starts, [*starts[1:], numbers.stop], strict=True)
         if not _path(prefix, start).exists()
     ]
@@ -70,17 +66,15 @@ def _path(prefix: Path, start: int) -> Path:
     return prefix.with_name(f"{prefix.name}-{start:06d}.safetensors")
 
 
-def _draw(job: tuple[Path, Path, range, int, bool, Mapping[ClipSize, float]]) -> Path:
-    path, models, numbers, seed, held_out, sizes = job
+def _draw(job: tuple[Path, Path, range, dict[str, Any]]) -> Path:
+    path, models, numbers, options = job
     torch.set_num_threads(1)
     samples = draw_samples(
         numbers,
         load_vae(models / "vae" / "vae.safetensors"),
         load_image_encoder(models / "encoder"),
-        seed=seed,
-        held_out=held_out,
-        sizes=sizes,
         name=path.stem,
+        **options,
     )
     write_samples(path, samples)
     return path
