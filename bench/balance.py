@@ -202,7 +202,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.balance", description=__doc__)
-    parser.add_argument("--num", type=int, default=16, help="held-out styles")
+    parser.add_argument("--num", type=int, default=64, help="held-out styles")
     parser.add_argument("--steps", type=int, default=SETTINGS["num_steps"])
     parser.add_argument("--weights", type=Path, default=FOLDER, help="folder of the small model")
     add_output(parser)

@@ -73,7 +73,7 @@ PROFILES = {
         stylecrafter_styles=16_000,
         stylecrafter_steps=10_000,
         stylecrafter_scales_styles=4000,
-        stylecrafter_scales_steps=500,
+        stylecrafter_scales_steps=900,
         stylecrafter_video_steps=150,
     ),
     "gpu": Profile(

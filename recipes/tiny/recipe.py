@@ -197,20 +197,15 @@ class Recipe:
 
     def pictures(self, folder: Path) -> None:
         """Shards of pictures in other styles: for StyleCrafter's adapter, then for its scales."""
+        options = {"seed": self.seed, "sizes": PICTURES}
         first = self.profile.num_styles
-        for name, count, crop in (
-            ("style", self.profile.stylecrafter_styles, False),
-            ("scales", self.profile.stylecrafter_scales_styles, True),
-        ):
-            draw_shards(
-                folder / name,
-                range(first, first + count),
-                self.out,
-                seed=self.seed,
-                sizes=PICTURES,
-                crop_references=crop,
-            )
-            first += count
+        second = first + self.profile.stylecrafter_styles
+        end = second + self.profile.stylecrafter_scales_styles
+        draw_shards(folder / "style", range(first, second), self.out, **options)
+        options["cropped_references"] = 0.5
+        draw_shards(folder / "scales", range(second, end), self.out, **options)
+        held_out = range(4 * self.profile.validation)
+        draw_shards(folder / "held_out", held_out, self.out, held_out=True, **options)
 
     def global_projection(self, folder: Path) -> Outcome:
         """The paper's first stage, on pictures and rearrangements of their own pixels."""
@@ -297,22 +292,28 @@ class Recipe:
         after 6000 steps all its tanh were at 1.
         """
         data = join_samples([self._samples("train"), self._samples("style", "pictures")])
-        steps = self.profile.stylecrafter_steps
-        return self._stylecrafter(folder, data, steps, lr=1e-3, train="style")
+        held_out, steps = self._samples("held_out"), self.profile.stylecrafter_steps
+        return self._stylecrafter(folder, data, held_out, steps, lr=1e-3, train="style")
 
     def stylecrafter_scales(self, folder: Path) -> Outcome:
         """The rest of that stage: its scale predictor, on styles that the adapter has not seen.
 
-        Such are those that it will be used with. At a higher rate all gains became one number.
+        Half of the references are parts of a picture, enlarged (in the paper, all are): such a
+        texture is coarser than the target's, and is to be trusted less. At a rate of 1e-3 all gains
+        became one number.
         """
-        data, steps = self._samples("scales", "pictures"), self.profile.stylecrafter_scales_steps
+        data, held_out = (self._samples(name, "pictures") for name in ("scales", "held_out"))
+        steps = self.profile.stylecrafter_scales_steps
         adapter = self._file("stylecrafter/stylecrafter_adapter")
-        return self._stylecrafter(folder, data, steps, lr=3e-4, train="scales", adapter=adapter)
+        return self._stylecrafter(
+            folder, data, held_out, steps, lr=3e-4, train="scales", adapter=adapter
+        )
 
     def _stylecrafter(
         self,
         folder: Path,
         data: TinySamples,
+        held_out: TinySamples,
         steps: int,
         *,
         lr: float,
@@ -331,7 +332,7 @@ class Recipe:
             adapter=adapter,
             null_text=null_text(),
         )
-        return self._train(trainer, Subset(data, pictures), self._samples("held_out"), folder)
+        return self._train(trainer, Subset(data, pictures), held_out, folder)
 
     def stylecrafter_video(self, folder: Path) -> Outcome:
         """StyleCrafter's second stage: a LoRA that carries the adapter to clips."""

@@ -125,7 +125,7 @@ def draw_samples(
     seed: int,
     held_out: bool = False,
     sizes: Mapping[ClipSize, float] = SIZES,
-    crop_references: bool = False,
+    cropped_references: float = 0.0,
     name: str = "samples",
 ) -> TinySamples:
     """Draw styles, apply them to clips and references, and encode all.
@@ -137,7 +137,7 @@ def draw_samples(
         seed: of everything.
         held_out: draw from the styles and contents that are left out otherwise.
         sizes: with how many clips of each size a style is shown.
-        crop_references: a part of each, enlarged: textures are as coarse as chance has it.
+        cropped_references: share of which a part is shown, enlarged, its texture with it.
         name: for the progress bar.
     """
     latents: list[Tensor] = []
@@ -159,7 +159,9 @@ def draw_samples(
         rng = np.random.default_rng([seed, int(held_out), number])
         style = draw_style(rng, held_out=held_out)
         picture = _reference(rng, style, held_out)
-        pictures.append(_cropped(rng, picture) if crop_references else picture)
+        if cropped_references and rng.random() < cropped_references:
+            picture = _cropped(rng, picture)
+        pictures.append(picture)
         for size, count in sizes.items():
             for _ in range(int(count + rng.random())):
                 clip, caption = draw_clip(
