@@ -192,8 +192,8 @@ class Recipe:
         """Shards of samples, and held-out ones."""
         held_out = range(self.profile.validation)
         draw_shards(folder / "held_out", held_out, self.out, seed=self.seed, held_out=True)
-        train = range(self.profile.num_styles)
-        draw_shards(folder / "train", train, self.out, seed=self.seed)
+        numbers = range(self.profile.num_styles)
+        draw_shards(folder / "train", numbers, self.out, seed=self.seed)
 
     def pictures(self, folder: Path) -> None:
         """Shards of pictures in other styles: for StyleCrafter's adapter, then for its scales."""

@@ -159,6 +159,7 @@ def draw_samples(
         rng = np.random.default_rng([seed, int(held_out), number])
         style = draw_style(rng, held_out=held_out)
         picture = _reference(rng, style, held_out)
+        # Without any, nothing is drawn for them, and samples are what they were.
         if cropped_references and rng.random() < cropped_references:
             picture = _cropped(rng, picture)
         pictures.append(picture)

@@ -27,27 +27,19 @@ logger = logging.getLogger("stylemaster")
 SHARD_STYLES = 250
 
 
-def draw_shards(
-    prefix: Path,
-    numbers: range,
-    models: Path,
-    *,
-    seed: int,
-    **options: Any,
-) -> None:
+def draw_shards(prefix: Path, numbers: range, models: Path, **options: Any) -> None:
     """Draw samples into files `PREFIX-000250.safetensors` and so on.
 
     Args:
         prefix: folder, and how the names begin.
         numbers: of the styles, by which the files are named.
         models: folder of the recipe, whose `vae` and `encoder` encode the samples.
-        seed: of `draw_samples`.
-        options: of it.
+        options: of `draw_samples`.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     starts = numbers[::SHARD_STYLES]
     jobs = [
-        (_path(prefix, start), models, range(start, end), {"seed": seed, **options})
+        (_path(prefix, start), models, range(start, end), options)
         for start, end in zip(starts, [*starts[1:], numbers.stop], strict=True)
         if not _path(prefix, start).exists()
     ]

@@ -346,6 +346,8 @@ _BIG = RunConfig(
     sample_style_scale=4.0,
 )
 
+_NO_DROPOUT = FlowConfig(drop_text=0.0), StyleConfig(drop_style=0.0, drop_both=0.0)
+
 PRESETS: dict[str, TrainConfig] = {
     # Paper, sec. 3.1: triplet and MSE, lr 1e-4, 10k pairs. The number of steps is ours.
     "global-projection": TrainConfig(
@@ -386,8 +388,7 @@ PRESETS: dict[str, TrainConfig] = {
         "stylecrafter",
         dataclasses.replace(_BIG, num_steps=40_000, batch_size=16, save_every=1000),
         OptimizerConfig(lr=5e-5, weight_decay=0.0),
-        FlowConfig(drop_text=0.0),
-        StyleConfig(drop_style=0.0, drop_both=0.0),
+        *_NO_DROPOUT,
         stylecrafter=StyleCrafterConfig(train="style"),
     ),
     # The rest of stage 1, best on pictures that the adapter has not seen. The numbers are ours.
@@ -395,8 +396,7 @@ PRESETS: dict[str, TrainConfig] = {
         "stylecrafter",
         dataclasses.replace(_BIG, num_steps=2000, batch_size=16),
         OptimizerConfig(lr=1e-4, schedule="cosine", weight_decay=0.0),
-        FlowConfig(drop_text=0.0),
-        StyleConfig(drop_style=0.0, drop_both=0.0),
+        *_NO_DROPOUT,
         stylecrafter=StyleCrafterConfig(train="scales"),
     ),
     # Stage 2 (its video version: 20k steps on 8 GPUs), from the adapter of stage 1.
@@ -404,8 +404,7 @@ PRESETS: dict[str, TrainConfig] = {
         "stylecrafter-video",
         dataclasses.replace(_BIG, num_steps=20_000, accumulation=8, checkpoint_blocks=1),
         OptimizerConfig(lr=5e-5, weight_decay=0.0),
-        FlowConfig(drop_text=0.0),
-        StyleConfig(drop_style=0.0, drop_both=0.0),
+        *_NO_DROPOUT,
     ),
     "base": TrainConfig(
         "base",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutError, WeightsError
 from ..models.decoupled_attention import (
@@ -72,17 +72,17 @@ class StyleCrafterTrainer(FlowMatchTrainer):
         draws = FlowDraws(config, ("latents", "text", FEATURES), drop_style=True)
         super().__init__(config, transformer, draws, **more)
         self.encoder = encoder
-        self.train_parts()
+        encoder.requires_grad_(False)
+        transformer.style_attention.requires_grad_(False)
+        for part in self.parts_to_train():
+            trainable(part)
 
-    def train_parts(self) -> None:
-        """Let the gradients reach what is trained."""
+    def parts_to_train(self) -> tuple[nn.Module, ...]:
+        """Modules of the adapter that the gradients reach; the others stay frozen."""
         style = (self.transformer.style_attention, self.encoder.image_context_model)
         scales = (self.encoder.scale_predictor,)
-        chosen = {"all": (*style, *scales), "style": style, "scales": scales}
-        self.encoder.requires_grad_(False)
-        self.transformer.style_attention.requires_grad_(False)
-        for part in chosen[self.config.stylecrafter.train]:
-            trainable(part)
+        parts = {"all": (*style, *scales), "style": style, "scales": scales}
+        return parts[self.config.stylecrafter.train]
 
     def velocity(self, noisy: Tensor, timestep: Tensor, text: Tensor, batch: Sample) -> Tensor:
         return self.transformer(noisy, timestep, text, style=self.regions(batch))
@@ -156,9 +156,8 @@ class StyleCrafterVideoTrainer(StyleCrafterTrainer):
         lora.scale = 1.0
         lora.attach(transformer)
 
-    def train_parts(self) -> None:
-        self.transformer.style_attention.requires_grad_(False)
-        self.encoder.requires_grad_(False)
+    def parts_to_train(self) -> tuple[nn.Module, ...]:
+        return ()
 
     def arrange(self, data: TrainingData) -> TrainingData:
         """Repeat pictures, or clips, until pictures are the share that the config asks for."""
@@ -223,7 +222,7 @@ def new_stylecrafter_branch(transformer: Any, *, norm: bool = True) -> StyleAtte
         ):
             ours.load_state_dict({k: v.float() for k, v in theirs.state_dict().items()})
         if module.norm_style is not None:
-            torch.nn.init.zeros_(module.norm_style.weight)
+            nn.init.zeros_(module.norm_style.weight)
     return attention
 
 
@@ -247,9 +246,9 @@ def new_encoder(
             sizes, num_heads=config.num_heads, scale_num_heads=config.scale_num_heads
         )
     last = encoder.scale_predictor.out_proj[-1]
-    assert isinstance(last, torch.nn.Linear)
+    assert isinstance(last, nn.Linear)
     for parameter in last.parameters():
-        torch.nn.init.zeros_(parameter)
+        nn.init.zeros_(parameter)
     return encoder
 
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from bench.balance import (
+    MEASURES,
     OFF,
     PREDICTED,
-    STYLE_MEASURES,
-    TEXT_MEASURES,
     change,
     main,
     spread,
@@ -27,7 +26,7 @@ def test_spread_tells_styles_from_prompts():
 
 
 def test_change_says_when_it_goes_the_papers_way():
-    on = {name: np.linspace(0.5, 1, 16) for name in (*STYLE_MEASURES, *TEXT_MEASURES)}
+    on = {name: np.linspace(0.5, 1, 16) for name in MEASURES}
     nearer = {name: values * (1.1 if name == "similarity" else 0.9) for name, values in on.items()}
     found = change(on, nearer, control=True)
     assert [c["as_in_paper"] for c in found.values()] == [True] * 5
@@ -39,7 +38,7 @@ def test_change_says_when_it_goes_the_papers_way():
 
 def test_change_that_may_be_chance_is_not_called_one():
     noise = np.random.default_rng(1).standard_normal(16)
-    on = {name: np.zeros(16) for name in (*STYLE_MEASURES, *TEXT_MEASURES)}
+    on = {name: np.zeros(16) for name in MEASURES}
     found = change(on, {name: noise - noise.mean() + 0.01 for name in on}, control=True)
     assert [c["as_in_paper"] for c in found.values()] == [None] * 5
 
