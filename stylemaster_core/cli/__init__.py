@@ -11,19 +11,20 @@ from collections.abc import Sequence
 
 from ..errors import StyleMasterError
 
-SUBCOMMANDS = (
-    "stylize",
-    "stylize_sdxl",
-    "encode_style",
-    "inspect_style",
-    "weights",
-    "queue",
-    "data",
-    "train",
-    "evaluate",
-    "info",
-    "demo",
-)
+# What `stylemaster --help` says of each subcommand: only the one that is called gets imported.
+SUBCOMMANDS = {
+    "stylize": "generate or restyle a video or image",
+    "stylize-sdxl": "a picture in a style, by StyleCrafter on SDXL",
+    "encode-style": "save the style of a picture",
+    "inspect-style": "a PNG that shows which patches were kept",
+    "weights": "list, download, verify and convert weight files",
+    "queue": "run a ComfyUI workflow over many videos, styles and prompts",
+    "data": "make, encode and check training data",
+    "train": "train a part of the model",
+    "evaluate": "measure style, content and motion of results",
+    "info": "versions, device, dtype",
+    "demo": "try it, without downloads",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,25 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 if the input cannot work (the message says why), or what the subcommand returns.
     """
-    parser = argparse.ArgumentParser(
-        prog="stylemaster",
-        description="Reference-style video generation and restyling: StyleMaster on Wan 2.1.",
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in SUBCOMMANDS:
-        importlib.import_module(f".{name}", __name__).add_parser(subparsers)
-    args = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("stylemaster").setLevel(logging.DEBUG if args.verbose else logging.INFO)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    called = next((word for word in argv if not word.startswith("-")), None)
     try:
+        args = _create_parser(called).parse_args(argv)
+        logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("stylemaster").setLevel(logging.DEBUG if args.verbose else logging.INFO)
         return args.run(args)
     except StyleMasterError as error:
         sys.stderr.write(f"stylemaster: {error}\n")
         return 2
     except ImportError as error:
         sys.stderr.write(
-            f"stylemaster: a library that `{args.command}` needs cannot be imported here: {error}; "
+            f"stylemaster: a library that `{called}` needs cannot be imported here: {error}; "
             'install the command line with its libraries: pip install -e ".[cli]" (for `train`: '
             '".[train]")\n'
         )
@@ -64,6 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stylemaster: interrupted, nothing was written\n")
         return 130
+
+
+def _create_parser(called: str | None) -> argparse.ArgumentParser:
+    """The whole command line, with the options of the subcommand that is called."""
+    parser = argparse.ArgumentParser(
+        prog="stylemaster",
+        description="Reference-style video generation and restyling: StyleMaster on Wan 2.1.",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in SUBCOMMANDS.items():
+        if name == called:
+            module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
+            module.add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
 
 
 __all__ = ["main"]

@@ -33,9 +33,7 @@ def add_parser(subparsers: Any) -> None:
     Args:
         subparsers: what `ArgumentParser.add_subparsers()` returned.
     """
-    parser = subparsers.add_parser(
-        "data", help="make, encode and check training data", description=__doc__
-    )
+    parser = subparsers.add_parser("data", description=__doc__)
     parser.set_defaults(run=run)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_illusion(actions)

@@ -27,7 +27,7 @@ Real quality:    stylemaster weights download --for video-to-video      (about 2
 
 def add_parser(subparsers: Any) -> None:
     """Add `demo` to the command line."""
-    parser = subparsers.add_parser("demo", help="try it, without downloads", description=__doc__)
+    parser = subparsers.add_parser("demo", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
     parser.add_argument("--frames", type=int, help="of the clip; default 33")

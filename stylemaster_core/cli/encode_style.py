@@ -17,9 +17,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `encode-style` to the command line."""
     from .style_options import add_style_options
 
-    parser = subparsers.add_parser(
-        "encode-style", help="save the style of a picture", description=__doc__
-    )
+    parser = subparsers.add_parser("encode-style", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("output", type=Path, help=".safetensors")
     parser.add_argument("--prompt", default="", help="of the generation; the selection ranks by it")

@@ -28,9 +28,7 @@ NEEDED_COLUMNS = COLUMNS[:2]
 
 def add_parser(subparsers: Any) -> None:
     """Add `evaluate` to the command line."""
-    parser = subparsers.add_parser(
-        "evaluate", help="measure style, content and motion of results", description=__doc__
-    )
+    parser = subparsers.add_parser("evaluate", description=__doc__)
     parser.set_defaults(run=run)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(

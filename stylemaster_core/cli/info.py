@@ -26,7 +26,7 @@ PACKAGES = (
 
 def add_parser(subparsers: Any) -> None:
     """Add `info` to the command line."""
-    parser = subparsers.add_parser("info", help="versions, device, dtype", description=__doc__)
+    parser = subparsers.add_parser("info", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="as JSON, for scripts")
 

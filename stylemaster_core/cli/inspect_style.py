@@ -16,9 +16,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `inspect-style` to the command line."""
     from .style_options import add_texture_options
 
-    parser = subparsers.add_parser(
-        "inspect-style", help="a PNG that shows which patches were kept", description=__doc__
-    )
+    parser = subparsers.add_parser("inspect-style", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("image", type=Path, help="style picture")
     parser.add_argument("output", type=Path, help=".png")

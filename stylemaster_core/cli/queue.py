@@ -30,11 +30,7 @@ def add_parser(subparsers: Any) -> None:
     Args:
         subparsers: what `ArgumentParser.add_subparsers()` returned.
     """
-    parser = subparsers.add_parser(
-        "queue",
-        help="run a ComfyUI workflow over many videos, styles and prompts",
-        description=__doc__,
-    )
+    parser = subparsers.add_parser("queue", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("workflow", type=Path, help="workflow, exported in API format")
     parser.add_argument("--videos", type=Path, help="folder of videos, or one video")

@@ -36,9 +36,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `stylize` to the command line."""
     from .style_options import add_style_options
 
-    parser = subparsers.add_parser(
-        "stylize", help="generate or restyle a video or image", description=__doc__
-    )
+    parser = subparsers.add_parser("stylize", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("output", type=Path, help=".mp4, .mov, .mkv or .webm; .png for an image")
     parser.add_argument("--task", choices=TASKS, help="default: follows from --video or --image")

@@ -37,9 +37,7 @@ def add_parser(subparsers: Any) -> None:
     from ..pipelines.stylize_sdxl import SdxlConfig
 
     default = SdxlConfig()
-    parser = subparsers.add_parser(
-        "stylize-sdxl", help="a picture in a style, by StyleCrafter on SDXL", description=__doc__
-    )
+    parser = subparsers.add_parser("stylize-sdxl", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("output", type=Path, help=".png, .jpg or .webp")
     parser.add_argument("--prompt", default="", help="of it, 77 tokens count")

@@ -29,7 +29,7 @@ STOPPED = 130
 
 def add_parser(subparsers: Any) -> None:
     """Add `train` to the command line."""
-    parser = subparsers.add_parser("train", help="train a part of the model", description=__doc__)
+    parser = subparsers.add_parser("train", description=__doc__)
     trainers = parser.add_subparsers(dest="trainer", required=True, metavar="TRAINER")
     for name, what in TRAINERS.items():
         _add_trainer(trainers.add_parser(name, help=what, description=f"Train {what}."))

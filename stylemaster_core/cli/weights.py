@@ -25,9 +25,7 @@ def add_parser(subparsers: Any) -> None:
     Args:
         subparsers: what `ArgumentParser.add_subparsers()` returned.
     """
-    parser = subparsers.add_parser(
-        "weights", help="list, download, verify and convert weight files", description=__doc__
-    )
+    parser = subparsers.add_parser("weights", description=__doc__)
     parser.set_defaults(run=run)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
