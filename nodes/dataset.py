@@ -25,12 +25,12 @@ from ..stylemaster_core.data.samples import (
 )
 from ..stylemaster_core.data.still_videos import still_samples
 from ..stylemaster_core.data.videos import IMAGE_ENDINGS
-from ..stylemaster_core.errors import ConfigError
 from .layouts import pictures_to_image
-from .paths import fingerprint
+from .paths import check_choice, fingerprint, new_inside
 from .sockets import schema
 from .subprocesses import device_is_cpu, run_core
 from .training_files import (
+    TABLES_SUBFOLDER,
     Cache,
     CacheSocket,
     Dataset,
@@ -39,10 +39,12 @@ from .training_files import (
     encoder_path,
     input_path,
     work_folder,
+    work_root,
 )
 
 TABLES = (".csv", ".jsonl")
 MEDIA = VIDEO_ENDINGS | IMAGE_ENDINGS
+SHORT_VIDEOS = ["reject", "trim"]
 SHOWN_PAIRS = 8
 SHARD_SIZE = 8  # samples between two signs of progress
 
@@ -73,17 +75,6 @@ def _any_ends(names: Iterable[str], endings: Iterable[str]) -> bool:
     return any(name.lower().endswith(tuple(endings)) for name in names)
 
 
-def _check_inside(paths: Iterable[Path]) -> None:
-    """Refuse files that a table or a link names outside of the input folder."""
-    root = Path(os.path.realpath(folder_paths.get_input_directory()))
-    outside = [path for path in paths if root not in Path(os.path.realpath(path)).parents]
-    if outside:
-        raise ConfigError(
-            f"{outside[0]} is not in {root}, and a workflow may only use files that are; copy it "
-            "there, and write its path relative to the table"
-        )
-
-
 def samples_of(
     source: str, still_frames: int, caption: str, strip_style_words: bool
 ) -> list[Sample]:
@@ -93,9 +84,11 @@ def samples_of(
         ConfigError: if there are none, one has no caption, or a file lies elsewhere.
     """
     samples = read_samples(
-        input_path(source), caption=caption or None, strip_style=strip_style_words
+        input_path(source),
+        caption=caption or None,
+        strip_style=strip_style_words,
+        within=[Path(folder_paths.get_input_directory())],
     )
-    _check_inside(path for s in samples for path in (s.media, s.style) if path is not None)
     return still_samples(samples, still_frames) if still_frames else samples
 
 
@@ -155,7 +148,7 @@ class DatasetNode(io.ComfyNode):
     ) -> io.NodeOutput:
         samples = samples_of(source, still_frames, caption, strip_style_words)
         name = _digest([source, *(s.description for s in samples)])
-        table = work_folder("datasets", f"tables/{name}.jsonl")
+        table = new_inside(work_root("datasets"), f"{TABLES_SUBFOLDER}/{name}.jsonl")
         table.parent.mkdir(parents=True, exist_ok=True)
         write_samples(table, samples, overwrite=True)  # the name says what is in it
         return io.NodeOutput(Dataset(table, len(samples)), len(samples))
@@ -218,7 +211,8 @@ class IllusionDataset(io.ComfyNode):
         cls, pictures: str, name: str, num_pairs: int, size: int, seed: int
     ) -> io.NodeOutput:
         source, out = input_path(pictures), work_folder("datasets", name)
-        _check_inside(find_pictures(source))
+        within = folder_paths.get_input_directory()
+        find_pictures(source, within=[Path(within)])
         bar = ProgressBar(num_pairs)
         records = out / RECORDS
 
@@ -228,6 +222,7 @@ class IllusionDataset(io.ComfyNode):
                 bar.update_absolute(done)
 
         options = {"--pictures": source, "--num": num_pairs, "--size": size, "--seed": seed}
+        options["--within"] = within
         run_core(["data", "illusion", str(out), *_words(options)], watch)
         pairs = read_pairs(out)
         shown = [
@@ -291,7 +286,7 @@ class EncodeDataset(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "short_videos",
-                    options=["reject", "trim"],
+                    options=SHORT_VIDEOS,
                     default="reject",
                     tooltip="Videos that are too short: leave them out, or cut them to the next "
                     "smaller length.",
@@ -327,6 +322,7 @@ class EncodeDataset(io.ComfyNode):
         short_videos: str,
         gray_tile: bool,
     ) -> io.NodeOutput:
+        check_choice(short_videos, SHORT_VIDEOS, "short_videos")
         out = work_folder("caches", name)
         vae = encoder_path("vae", vae_name)
         text_encoder = encoder_path("text_encoders", text_encoder_name)
@@ -339,6 +335,8 @@ class EncodeDataset(io.ComfyNode):
             "--fps": fps,
             "--short": short_videos,
             "--shard-size": SHARD_SIZE,
+            # The table lies where uploads reach it, and may have been changed meanwhile.
+            "--within": folder_paths.get_input_directory(),
         }
         words = ["data", "encode", str(dataset.source), str(out), *_words(options)]
         words += ["--tile"] if gray_tile else []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import folder_paths
 
 from ..stylemaster_core.errors import ConfigError, WeightsError
+from ..stylemaster_core.file_names import check_name
 from ..stylemaster_core.weights.manifest import how_to_get
 
 ADAPTERS = "stylemaster"
@@ -120,27 +121,34 @@ def find_inside(name: str, folders: Iterable[str | Path]) -> Path | None:
     return None
 
 
-def check_name(name: str) -> Sequence[str]:
-    """Parts of a name that may lead into a folder and never out of it.
+def new_inside(root: Path, name: str) -> Path:
+    """Real path of a file or folder to be made below a folder; nothing is made yet.
+
+    Args:
+        root: which it is to be in, a real path.
+        name: relative path with either separator.
 
     Raises:
-        ConfigError: for anything else.
+        ConfigError: if the name is refused (`check_name`), leads out through a link, or leads
+            through a file.
     """
-    parts = [part for part in _SEPARATORS.split(name) if part != "."]
-    faults = {
-        "it is empty": not name.strip(),
-        "it holds a null byte": "\0" in name,
-        "it is absolute": name.startswith(("/", "\\")),
-        "it names a drive or a stream": ":" in name,
-        "it climbs up with '..'": any(part.strip(". ") == "" and part for part in parts),
-    }
-    found = [fault for fault, present in faults.items() if present]
-    if found:
-        raise ConfigError(
-            f"the path {name!r} is refused: {found[0]}. Give a name inside ComfyUI's folders, such "
-            "as 'clips/cat.mp4'"
-        )
-    return [part for part in parts if part]
+    path = Path(os.path.realpath(root.joinpath(*check_name(name, new=True))))
+    if root not in path.parents:
+        raise ConfigError(f"{name!r} is a link that leads out of {root}; choose another name")
+    for folder in path.relative_to(root).parents:
+        if os.path.lexists(root / folder) and not (root / folder).is_dir():
+            raise ConfigError(f"{name!r} leads through a file, {folder}; choose another name")
+    return path
+
+
+def check_choice(value: str, choices: Collection[str], socket: str) -> None:
+    """Check a value of a list: ComfyUI checks those that are chosen, not those that are linked.
+
+    Raises:
+        ConfigError: if it is not in the list.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{socket} is {value!r:.80}; expected one of {', '.join(choices)}")
 
 
 def new_style_file(prefix: str) -> Path:
@@ -149,9 +157,9 @@ def new_style_file(prefix: str) -> Path:
     Raises:
         ConfigError: if the prefix leads out of it.
     """
-    check_name(prefix)
-    root = os.path.realpath(folder_paths.get_folder_paths(STYLES)[0])
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
-    if Path(root) not in (Path(os.path.realpath(folder)), *Path(os.path.realpath(folder)).parents):
-        raise ConfigError(f"{prefix!r} is a link that leads out of {root}; choose another name")
+    root = Path(os.path.realpath(folder_paths.get_folder_paths(STYLES)[0]))
+    # Looked at before ComfyUI's function is called: that one makes the folders.
+    path = new_inside(root, prefix)
+    prefix = path.relative_to(root).as_posix()
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
     return Path(folder) / f"{name}_{counter:05}_.safetensors"

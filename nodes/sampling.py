@@ -14,6 +14,7 @@ from .conditionings import Conditioning
 from .guider import Schedule, StyleGuider
 from .layouts import Latent, latent_video_size
 from .number_lists import guidance_schedule
+from .paths import check_choice
 from .sockets import schema
 
 
@@ -239,6 +240,8 @@ class StyleSampler(io.ComfyNode):
         shift: float,
         denoise: float,
     ) -> io.NodeOutput:
+        check_choice(sampler_name, comfy.samplers.SAMPLER_NAMES, "sampler_name")
+        check_choice(scheduler, comfy.samplers.SCHEDULER_NAMES, "scheduler")
         shifted = with_shift(model, shift)
         guider = create_guider(shifted, styled, positive, negative, text_cfg, style_cfg)
         sampled = sample(

@@ -19,7 +19,7 @@ from ..stylemaster_core.models.style_tokens import (
 from ..stylemaster_core.models.texture_selector import RELEASE_DROP_RATE, SelectionMode
 from .conditionings import Conditioning
 from .layouts import pictures_to_image
-from .paths import STYLES, fingerprint, model_file, model_names, new_style_file
+from .paths import STYLES, check_choice, fingerprint, model_file, model_names, new_style_file
 from .sockets import (
     StyleAdapter,
     StyleAdapterSocket,
@@ -170,6 +170,7 @@ class TextureSelector(io.ComfyNode):
         several: BlendMode,
         clip_prompt: Conditioning | None = None,
     ) -> io.NodeOutput:
+        check_choice(several, get_args(BlendMode), "several")
         if isinstance(adapter, StyleCrafterAdapter):
             _refuse_selection(mode, keep, clip_prompt)
             return io.NodeOutput(*encode_stylecrafter(adapter, features, several))

@@ -19,7 +19,7 @@ from .native_tiny import (
     load_native_text_encoder,
 )
 from .native_wan import load_native_controlnet
-from .paths import fingerprint
+from .paths import check_choice, fingerprint
 from .sockets import (
     ControlNetSocket,
     MotionAdapterSocket,
@@ -131,6 +131,7 @@ class LoadTiny(io.ComfyNode):
 
     @classmethod
     def execute(cls, method: Method = "StyleMaster") -> io.NodeOutput:
+        check_choice(method, get_args(Method), "method")
         return io.NodeOutput(*load_tiny(method))
 
 

@@ -15,7 +15,7 @@ from ..stylemaster_core.training.checkpoint import latest_checkpoint
 from ..stylemaster_core.training.config import PRESETS
 from ..stylemaster_core.training.stats import read_stats
 from ..stylemaster_core.training.stop import STOP_FILE
-from .paths import ADAPTERS, model_file, model_names
+from .paths import ADAPTERS, check_choice, model_file, model_names
 from .sockets import schema
 from .subprocesses import device_is_cpu, run_core
 from .training_files import (
@@ -54,6 +54,7 @@ GLOBAL_PROJECTION = Trainer(
     "global-projection", "global-projection", "global_projection.safetensors", ADAPTERS
 )
 STYLE = Trainer("style", "style-images", "style_adapter.safetensors", ADAPTERS)
+STYLE_STAGES = ["style-images", "style-clips"]  # presets
 MOTION = Trainer("motion", "motion", "motion_adapter.safetensors", "loras")
 CONTROL = Trainer("control", "control", "controlnet.safetensors", "controlnet")
 STYLECRAFTER_FILE = "stylecrafter_adapter.safetensors"
@@ -327,7 +328,7 @@ class TrainStyle(io.ComfyNode):
                 _base_input(),
                 io.Combo.Input(
                     "stage",
-                    options=["style-images", "style-clips"],
+                    options=STYLE_STAGES,
                     tooltip="Preset: first on pictures, then, from that adapter, on clips.",
                 ),
                 _start_input("adapter", "Style adapter"),
@@ -345,6 +346,7 @@ class TrainStyle(io.ComfyNode):
         global_projection: str,
         **run: Any,
     ) -> io.NodeOutput:
+        check_choice(stage, STYLE_STAGES, "stage")
         trainer = dataclasses.replace(STYLE, preset=stage)
         start = {
             "base_model": base_model,
@@ -442,6 +444,7 @@ class TrainStyleCrafter(io.ComfyNode):
     def execute(
         cls, cache: Cache, base_model: str, stage: str, adapter: str, **run: Any
     ) -> io.NodeOutput:
+        check_choice(stage, STYLECRAFTER, "stage")
         start = {"base_model": base_model, "adapter": adapter}
         return run_training(cls, STYLECRAFTER[stage], cache, RunSettings(**run), start)
 

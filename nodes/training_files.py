@@ -12,10 +12,19 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..stylemaster_core.errors import ConfigError, WeightsError
-from .paths import STYLES_SUBFOLDER, check_name, find_inside
+from .paths import STYLES_SUBFOLDER, find_inside, new_inside
 
 DatasetSocket: Any = io.Custom("STYLE_DATASET")  # Dataset
 CacheSocket: Any = io.Custom("STYLE_CACHE")  # Cache
+
+WorkKind = Literal["datasets", "caches", "runs"]
+TABLES_SUBFOLDER = "tables"  # of datasets: what Dataset writes
+# Files and folders by which a work folder is known.
+_MARKS: dict[WorkKind, tuple[str, ...]] = {
+    "datasets": ("pairs.jsonl", "settings.json"),
+    "caches": ("manifest.json", "shards.jsonl"),
+    "runs": ("checkpoints", "stats.jsonl"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,41 @@ def input_path(name: str) -> Path:
     return path
 
 
-def work_folder(kind: Literal["datasets", "caches", "runs"], name: str) -> Path:
+def work_folder(kind: WorkKind, name: str) -> Path:
     """The folder `stylemaster/<kind>/<name>` of ComfyUI's output; it need not exist.
 
     Raises:
-        ConfigError: if the name leads out of it.
+        ConfigError: if the name leads out of it, or the folder lies inside another one of its kind,
+            holds one, or is a file.
     """
-    root = Path(os.path.realpath(folder_paths.get_output_directory()), "stylemaster", kind)
-    return _inside(root, name)
+    root = work_root(kind)
+    path = new_inside(root, name)
+    inside = path.relative_to(root)
+    if os.path.lexists(path) and not path.is_dir():
+        raise ConfigError(f"{name!r} is a file in {root}; choose another name")
+    taken = [folder for folder in inside.parents if folder.name and _holds(root / folder, kind)]
+    if kind == "datasets" and inside.parts[0] == TABLES_SUBFOLDER:
+        taken.append(Path(TABLES_SUBFOLDER))
+    if taken:
+        raise ConfigError(
+            f"{name!r} lies inside {root / taken[0]}, which holds files of its own; choose a name "
+            "outside of it"
+        )
+    if not _holds(path, kind):
+        for folder, _, _ in os.walk(path):
+            if _holds(Path(folder), kind):
+                raise ConfigError(f"{name!r} is a folder that holds {folder}; choose another name")
+    return path
+
+
+def work_root(kind: WorkKind) -> Path:
+    """The folder `stylemaster/<kind>` of ComfyUI's output."""
+    return Path(os.path.realpath(folder_paths.get_output_directory()), "stylemaster", kind)
+
+
+def _holds(folder: Path, kind: WorkKind) -> bool:
+    """Whether a folder is itself a run, a cache or a set of pairs."""
+    return any((folder / name).exists() for name in _MARKS[kind])
 
 
 def new_model_file(category: str, name: str) -> Path:
@@ -66,7 +102,7 @@ def new_model_file(category: str, name: str) -> Path:
     """
     ending = ".safetensors"
     root = Path(os.path.realpath(folder_paths.get_folder_paths(category)[0]))
-    path = _inside(root, name if name.endswith(ending) else name + ending)
+    path = new_inside(root, name if name.endswith(ending) else name + ending)
     if path.relative_to(root).parts[0] == STYLES_SUBFOLDER:
         raise ConfigError(f"{name!r} is where saved styles are; choose another folder")
     return path
@@ -117,11 +153,4 @@ def encoder_path(category: str, name: str) -> Path:
     path = find_inside(name, folders)
     if path is None:
         raise WeightsError(f"there is no {name!r} in {', '.join(folders)}")
-    return path
-
-
-def _inside(root: Path, name: str) -> Path:
-    path = Path(os.path.realpath(root.joinpath(*check_name(name))))
-    if root not in path.parents:
-        raise ConfigError(f"{name!r} leads out of {root}; choose another name")
     return path

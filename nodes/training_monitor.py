@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +16,11 @@ from comfy_execution.graph import ExecutionBlocker
 from PIL import Image
 
 from ..stylemaster_core.data.images import read_image
+from ..stylemaster_core.data.jsonl import read_json
 from ..stylemaster_core.errors import ConfigError
 from ..stylemaster_core.training.run_lock import is_running
 from ..stylemaster_core.training.stats import NAME as STATS
-from ..stylemaster_core.training.stats import read_stats
+from ..stylemaster_core.training.stats import read_stats, sample_file
 from .layouts import frames_to_image, pictures_to_image
 from .loss_curve import draw_loss_curve, draw_run
 from .paths import fingerprint
@@ -68,12 +68,16 @@ def picture_image(picture: Image.Image) -> Any:
 
 
 def _num_steps(out: Path) -> int:
-    return json.loads((out / "config.json").read_text(encoding="utf-8"))["run"]["num_steps"]
+    config = read_json(out / "config.json")
+    try:
+        return int(config["run"]["num_steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{out / 'config.json'} says no run.num_steps ({error!r})") from error
 
 
 def _sample_paths(out: Path, stats: Sequence[Mapping[str, Any]]) -> list[Path]:
-    paths = [out / line["sample"] for line in stats if "sample" in line]
-    return [path for path in paths if path.is_file()]
+    paths = [sample_file(out, line) for line in stats]
+    return [path for path in paths if path is not None and path.is_file()]
 
 
 def _samples_image(out: Path, stats: Sequence[Mapping[str, Any]]) -> Any:

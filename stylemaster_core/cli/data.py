@@ -64,6 +64,7 @@ def _add_illusion(actions: Any) -> None:
     illusion.add_argument("--min-score", type=float, help="CLIP cosine that both pictures need")
     illusion.add_argument("--pictures", type=Path, help="rearrange these instead of painting")
     illusion.add_argument("--size", type=int, default=256, help="of pairs made of --pictures")
+    _add_within(illusion)
     _add_process(illusion)
     _add_common(illusion)
     add_model_options(illusion)
@@ -93,6 +94,7 @@ def _add_encode(actions: Any) -> None:
     encode.add_argument("--shard-size", type=int, default=64, help="samples a file")
     encode.add_argument("--workers", type=int, default=2, help="threads that read ahead")
     encode.add_argument("--retry-bad", action="store_true", help="try bad samples again")
+    _add_within(encode)
     _add_process(encode)
     _add_common(encode)
     add_model_options(encode)
@@ -105,6 +107,16 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption", help="for samples without one")
     parser.add_argument(
         "--strip-style-words", action="store_true", help='"a painting of a cat" becomes "a cat"'
+    )
+
+
+def _add_within(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--within",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="refuse pictures, videos and captions that lie elsewhere, links followed",
     )
 
 
@@ -248,7 +260,7 @@ def _rearranger(
     for name in views:
         # A size that a view cannot cut is an error of the command, not of every picture.
         View(name).apply_image(np.zeros((args.size, args.size, 3), np.uint8))
-    pictures = find_pictures(args.pictures)
+    pictures = find_pictures(args.pictures, within=args.within)
     names = sorted(picture.name for picture in pictures)
 
     def make(index: int) -> NewPair:
@@ -285,7 +297,12 @@ def _table(args: argparse.Namespace) -> int:
 def _read_samples(args: argparse.Namespace) -> list[Sample]:
     from ..data.samples import read_samples
 
-    return read_samples(args.source, caption=args.caption, strip_style=args.strip_style_words)
+    return read_samples(
+        args.source,
+        caption=args.caption,
+        strip_style=args.strip_style_words,
+        within=getattr(args, "within", None),
+    )
 
 
 def _encode(args: argparse.Namespace) -> int:

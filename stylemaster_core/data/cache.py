@@ -217,7 +217,46 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ConfigError(f"{folder / MANIFEST} is no manifest of the format {FORMAT}; encode anew")
+    if problem := _manifest_problem(manifest):
+        raise ConfigError(f"{folder / MANIFEST} is damaged: {problem}; encode anew")
     return manifest
+
+
+def _manifest_problem(manifest: Mapping[str, Any]) -> str | None:
+    types = {"kind": str, "complete": bool, "hashes": dict, "settings": dict, "shards": list}
+    wrong = [name for name, kind in types.items() if not isinstance(manifest.get(name), kind)]
+    if not isinstance(manifest.get(NULL_TEXT, {}), dict):
+        wrong.append(NULL_TEXT)
+    if wrong:
+        return f"{', '.join(wrong)} missing or of another type than expected"
+    problems = (record_problem(record) for record in manifest["shards"])
+    return next((f"shards: {problem}" for problem in problems if problem), None)
+
+
+def record_problem(record: Any) -> str | None:
+    """Say what is wrong with the record of a shard; None if it has the form of one."""
+    if not isinstance(record, dict):
+        return "no record of a shard"
+    types: dict[str, type] = {"shard": int, "fingerprint": str, "samples": list}
+    if record.get("samples"):
+        types |= {"bytes": int, "sha256": str}
+    wrong = [name for name, kind in types.items() if not isinstance(record.get(name), kind)]
+    if wrong or record["shard"] < 0 or not isinstance(record.get("bad", []), list):
+        return f"no record of a shard ({', '.join(wrong) or 'shard, bad'} cannot be)"
+    for sample in record["samples"]:
+        named = isinstance(sample, dict) and all(
+            isinstance(sample.get(key), str) for key in ("id", "group")
+        )
+        if not named or not _are_shapes(sample.get("shapes")):
+            return f"a sample without id, group or shapes: {sample!r:.80}"
+    return None
+
+
+def _are_shapes(shapes: Any) -> bool:
+    return isinstance(shapes, dict) and all(
+        isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        for shape in shapes.values()
+    )
 
 
 def shard_problem(folder: Path, record: Mapping[str, Any]) -> str | None:

@@ -25,6 +25,8 @@ from .cache import (
     CacheKind,
     null_text_path,
     null_text_problem,
+    read_manifest,
+    record_problem,
     shard_path,
     shard_problem,
     tensor_key,
@@ -167,6 +169,10 @@ def _open_folder(folder: Path, plan: CachePlan[Any, Any], overwrite: bool) -> No
             write_json(folder / MANIFEST, manifest)
             return
         before = read_json(folder / MANIFEST)
+        if not isinstance(before, dict):
+            raise ConfigError(f"{folder / MANIFEST} is no manifest; give another folder")
+        if before.get("format") == FORMAT:
+            before = read_manifest(folder)
         problems = _differences(before, manifest)
         if not problems:
             return
@@ -322,7 +328,7 @@ def _write_null_text(folder: Path, plan: CachePlan[Any, Any]) -> None:
     if plan.null_text is None:
         return
     with locked(folder):
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_manifest(folder)
         if null_text_problem(folder, manifest) is None:
             return
         tensors = {NULL_TEXT: plan.null_text()}
@@ -352,6 +358,5 @@ def _merge(folder: Path, plan: CachePlan[Any, Any]) -> tuple[list[dict[str, str]
 
 
 def _read_records(folder: Path) -> dict[int, dict[str, Any]]:
-    if not (folder / RECORDS).is_file():
-        return {}
-    return {int(record["shard"]): record for record in read_jsonl(folder / RECORDS)}
+    records = read_jsonl(folder / RECORDS, record_problem, missing_ok=True)
+    return {record["shard"]: {"bad": []} | record for record in records}

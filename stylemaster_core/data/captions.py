@@ -35,9 +35,14 @@ def strip_style_words(caption: str) -> str:
     return _DASHED.sub("", caption)
 
 
+def caption_path(media: Path) -> Path:
+    """Where the caption of a picture or clip is: `cat.txt` beside `cat.png`."""
+    return media.with_suffix(".txt")
+
+
 def sidecar_caption(media: Path) -> str | None:
     """Caption in the text file beside a picture or clip (`cat.png`, `cat.txt`), None without."""
-    path = media.with_suffix(".txt")
+    path = caption_path(media)
     if not path.is_file():
         return None
     try:

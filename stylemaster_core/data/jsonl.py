@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import ConfigError
+
+logger = logging.getLogger("stylemaster")
+
+# Says what is wrong with a record of a file, None if nothing is.
+Check = Callable[[dict[str, Any]], "str | None"]
 
 
 @contextmanager
@@ -38,26 +44,60 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
         os.fsync(stream.fileno())
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read all whole records; lines that a killed process cut short are left out.
+def read_jsonl(
+    path: Path, check: Check | None = None, *, missing_ok: bool = False
+) -> list[dict[str, Any]]:
+    """Read all whole records; a line that was cut short is left out, and the log says so.
+
+    A killed process or a full disk leaves half a line, which counts as not written. Later processes
+    begin a new line, so it may stand anywhere.
+
+    Args:
+        path: the file.
+        check: says what is wrong with a record, or raises KeyError, TypeError or ValueError.
+        missing_ok: whether no file is an empty one.
 
     Raises:
-        ConfigError: if a line is something else.
+        ConfigError: if the file cannot be read, a line is something else, or a record is wrong.
     """
+    if missing_ok and not path.exists():
+        return []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
+    for number, line in enumerate(lines, start=1):
+        if not line.strip(b" \t\r\0"):  # a power cut may leave null bytes
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
-            if line.startswith(b"{") and not line.rstrip().endswith(b"}"):
+        except (ValueError, RecursionError) as error:
+            if _is_cut(line, error):
+                logger.warning("%s, line %d was cut short and counts as not written", path, number)
                 continue
             raise ConfigError(f"{path}, line {number} is no JSON ({error}); mend it") from error
-        if not isinstance(record, dict):
-            raise ConfigError(f"{path}, line {number} is {line[:40]!r}; expected a JSON object")
+        try:
+            problem = check(record) if check and isinstance(record, dict) else None
+        except (KeyError, TypeError, ValueError) as error:
+            problem = repr(error)
+        if not isinstance(record, dict) or problem:
+            said = problem or "no JSON object"
+            raise ConfigError(f"{path}, line {number} is {line[:80]!r}: {said}; mend or remove it")
         records.append(record)
     return records
+
+
+def _is_cut(line: bytes, error: Exception) -> bool:
+    """Whether a line is the beginning of a JSON object."""
+    if not line.startswith(b"{"):
+        return False
+    if not line.rstrip().endswith(b"}"):
+        return True
+    # An inner object may have just ended, or a text goes on that holds a brace.
+    return isinstance(error, json.JSONDecodeError) and (
+        error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+    )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -95,5 +135,5 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error})") from error

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ConfigError, LayoutError
+from ..file_names import file_below
 from .images import read_image, write_image
 from .jsonl import append_jsonl, locked, read_json, read_jsonl, write_json
 from .views import View
@@ -153,14 +154,16 @@ def read_pairs(folder: Path) -> list[Pair]:
         raise ConfigError(f"{folder} holds no {RECORDS}; make illusion pairs there")
     pairs: dict[int, Pair] = {}
     rejected = 0
-    for record in read_jsonl(folder / RECORDS):
+    for record in read_jsonl(folder / RECORDS, _number_problem, missing_ok=True):
         try:
             if record["kept"]:
-                index, view = int(record["index"]), View(**record["view"])
-                first, second = folder / record["first"], folder / record["second"]
+                index, view = record["index"], View(**record["view"])
+                first, second = (_picture(folder, record, key) for key in ("first", "second"))
                 pairs[index] = Pair(index, first, second, view, record)
             else:
                 rejected += 1
+        except ConfigError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{folder / RECORDS} holds no pair: {record} ({error!r})") from error
     if not pairs:
@@ -181,11 +184,19 @@ def check_pair(pair: Pair) -> str | None:
 
 
 def _finished(folder: Path) -> set[int]:
-    if not (folder / RECORDS).is_file():
-        return set()
     finished = set()
-    for record in read_jsonl(folder / RECORDS):
-        written = [folder / str(record.get(name)) for name in ("first", "second")]
-        if not record.get("kept") or all(path.is_file() for path in written):
-            finished.add(int(record["index"]))
+    for record in read_jsonl(folder / RECORDS, _number_problem, missing_ok=True):
+        if not record.get("kept") or all(
+            _picture(folder, record, key).is_file() for key in ("first", "second")
+        ):
+            finished.add(record["index"])
     return finished
+
+
+def _number_problem(record: dict[str, Any]) -> str | None:
+    return None if type(record.get("index")) is int else "no pair, it has no index"
+
+
+def _picture(folder: Path, record: Mapping[str, Any], key: str) -> Path:
+    """The picture that a record names; somebody else may have written the record."""
+    return file_below(folder, record.get(key), folder / RECORDS)

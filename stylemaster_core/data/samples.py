@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..file_names import refuse_outside
 from .captions import (
     CAPTION_COLUMNS,
+    caption_path,
     find_column,
     read_table,
     sidecar_caption,
@@ -55,7 +57,11 @@ class Sample:
 
 
 def read_samples(
-    source: Path, *, caption: str | None = None, strip_style: bool = False
+    source: Path,
+    *,
+    caption: str | None = None,
+    strip_style: bool = False,
+    within: Sequence[Path] | None = None,
 ) -> list[Sample]:
     """Read a dataset.
 
@@ -66,15 +72,22 @@ def read_samples(
             sub-folders, each with a .txt file of the same name.
         caption: for samples without one; by default that is an error.
         strip_style: take words about style out of the captions.
+        within: folders outside of which no file may lie, links followed; None allows every file, as
+            is right for a table that the user names, and wrong for one that a workflow names.
 
     Returns:
         At least one sample, in the table's order or sorted by path.
 
     Raises:
-        ConfigError: for a missing or empty source, column or caption, or an id that occurs twice.
+        ConfigError: for a missing or empty source, column or caption, an id that occurs twice, or a
+            file outside of `within`.
     """
-    read = _from_folder if source.is_dir() else _from_table
-    samples = read(source, caption)
+    if source.is_dir():
+        samples = _from_folder(source, caption, within)
+    else:
+        samples = _from_table(source, caption)
+    if within is not None:
+        refuse_outside((p for s in samples for p in (s.media, s.style) if p is not None), within)
     counts: dict[str, int] = {}
     for sample in samples:
         counts[sample.id] = counts.get(sample.id, 0) + 1
@@ -88,15 +101,21 @@ def read_samples(
     return samples
 
 
-def find_pictures(source: Path) -> list[Path]:
+def find_pictures(source: Path, *, within: Sequence[Path] | None = None) -> list[Path]:
     """Paths of the pictures of a folder, with its sub-folders; or the one picture that is given.
 
+    Args:
+        source: folder or picture.
+        within: as in `read_samples`.
+
     Raises:
-        ConfigError: if there are none.
+        ConfigError: if there are none, or one lies outside of `within`.
     """
     pictures = [path for path in _media_of(source) if path.suffix.lower() in IMAGE_ENDINGS]
     if not pictures:
         raise ConfigError(f"{source} holds no pictures; the dataset is empty")
+    if within is not None:
+        refuse_outside(pictures, within)
     return pictures
 
 
@@ -131,10 +150,12 @@ def write_samples(path: Path, samples: Iterable[Sample], *, overwrite: bool = Fa
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _from_folder(folder: Path, caption: str | None) -> list[Sample]:
+def _from_folder(folder: Path, caption: str | None, within: Sequence[Path] | None) -> list[Sample]:
     samples, without = [], []
     for media in _media_of(folder):
         name = media.relative_to(folder).as_posix()
+        if within is not None:  # before it is read
+            refuse_outside([caption_path(media)], within)
         words = sidecar_caption(media)
         if words is None:
             words = caption

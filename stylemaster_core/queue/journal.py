@@ -11,7 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..data.jsonl import read_jsonl
 from ..errors import ConfigError
+from ..file_names import check_name
 
 
 class Journal:
@@ -85,22 +87,18 @@ def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, set[str]]]:
     last: dict[str, dict[str, Any]] = {}
     files: dict[str, set[str]] = {}
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            _remember(record, last, files)
-        except (ValueError, KeyError, TypeError) as error:
-            # A crash may cut a record short; it counts as not written.
-            if not line.endswith(b"}"):
-                continue
-            raise ConfigError(
-                f"{path}, line {number} is not a record of this journal. "
-                "Mend or remove that line, or give another --out."
-            ) from error
+    for record in read_jsonl(path, _problem, missing_ok=True):
+        _remember(record, last, files)
     return last, files
+
+
+def _problem(record: dict[str, Any]) -> str | None:
+    names = record.get("files", [])
+    if not all(isinstance(record.get(key), str) for key in ("job", "event")):
+        return "not a record of this journal"
+    if not isinstance(names, list) or not all(len(check_name(name)) == 1 for name in names):
+        return "its files are not names of this folder"
+    return None
 
 
 def _remember(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
+from ..file_names import file_below
 from ..weights.files import read_state_dict, write_state_dict
 
 logger = logging.getLogger("stylemaster")
@@ -153,14 +154,21 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """Folder of the latest checkpoint, or None if there is none.
 
     Raises:
-        WeightsError: if the pointer names a checkpoint that is not there.
+        WeightsError: if the pointer names none, or one that is not there.
+        ConfigError: if it is a link that leads out of the folder.
     """
     pointer = folder / LATEST
     if not pointer.is_file():
         # Killed between the first checkpoint and its pointer, or the pointer was deleted.
         found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name)]
         return max(found, default=None)
-    path = folder / pointer.read_text(encoding="utf-8").strip()
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not _FOLDER.fullmatch(name):
+        raise WeightsError(
+            f"{pointer} holds {name!r:.80}; expected the name of a checkpoint such as "
+            f"step-00001000: write that of one that exists into it, or remove {folder}"
+        )
+    path = file_below(folder, name, pointer)
     if not (path / STATE).is_file():
         raise WeightsError(
             f"{pointer} names {path.name}, and there is no such checkpoint; write the name of one "

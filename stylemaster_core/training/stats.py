@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..data.jsonl import read_jsonl, write_jsonl
 from ..errors import UnsupportedHostError
+from ..file_names import file_below
 
 NAME = "stats.jsonl"
+_FILES = ("sample", "sample_video")
+_NUMBER = (int, float, type(None))
 
 
 class Stats:
@@ -41,10 +45,12 @@ class Stats:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a line; one system call, so that a kill cannot cut it in two."""
-        line = json.dumps({"step": step} | dict(values)) + "\n"
+        line = (json.dumps({"step": step} | dict(values)) + "\n").encode()
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            # A disk that is nearly full takes a part, and says so at the next call.
+            while line:
+                line = line[os.write(descriptor, line) :]
         finally:
             os.close(descriptor)
         if self._board is not None:
@@ -58,16 +64,32 @@ class Stats:
 
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run's `stats.jsonl`; [] if there is none."""
-    path = folder / NAME
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All whole lines of a run's `stats.jsonl`; [] if there is none.
+
+    Raises:
+        ConfigError: if a line is something else.
+    """
+    return read_jsonl(folder / NAME, _problem, missing_ok=True)
+
+
+def sample_file(folder: Path, line: Mapping[str, Any]) -> Path | None:
+    """The sample picture that a line of `stats.jsonl` names, None if it names none.
+
+    Raises:
+        ConfigError: if it names a file that is not below the run's folder.
+    """
+    if "sample" not in line:
+        return None
+    return file_below(folder, line["sample"], folder / NAME)
+
+
+def _problem(line: dict[str, Any]) -> str | None:
+    if type(line.get("step")) is not int or line["step"] < 0:
+        return "it has no step"
+    wrong = [k for k, v in line.items() if not isinstance(v, str if k in _FILES else _NUMBER)]
+    return f"{', '.join(wrong)} of another type than expected" if wrong else None
 
 
 def forget_after(folder: Path, step: int) -> None:
     """Remove the lines after a step: a run that resumes there writes them again."""
-    lines = [json.dumps(line) for line in read_stats(folder) if line["step"] <= step]
-    part = folder / f".{NAME}.tmp"
-    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, folder / NAME)
+    write_jsonl(folder / NAME, [line for line in read_stats(folder) if line["step"] <= step])

@@ -508,3 +508,52 @@ except Exception as error:
 """
     )["said"]
     assert "no_such_library" in said and 'pip install -e "' in said and "[train]" in said
+
+
+def test_planted_files_name_nothing_outside(run_in_comfy):
+    """What ComfyUI's upload route can put beside a run, and values that links can carry."""
+    said = run_in_comfy(
+        """
+import json
+from pathlib import Path
+import folder_paths
+import numpy as np
+from PIL import Image
+from custom_nodes_stylemaster.nodes import dataset, training, training_files, training_monitor
+
+output, entry = Path(folder_paths.get_output_directory()), Path(folder_paths.get_input_directory())
+run, pairs = output / "stylemaster/runs/planted", output / "stylemaster/datasets/planted"
+private = output.parent / "private.png"
+Image.fromarray(np.full((8, 8, 3), 77, np.uint8)).save(private)
+for folder in (run, pairs, entry / "links"):
+    folder.mkdir(parents=True)
+(entry / "links" / "a.png").write_bytes(private.read_bytes())
+(output.parent / "private.txt").write_text("a password")
+(entry / "links" / "a.txt").symlink_to(output.parent / "private.txt")
+said = {}
+
+def refused(key, call, *words, **inputs):
+    try:
+        said[key] = repr(call(*words, **inputs))
+    except Exception as error:
+        said[key] = f"{type(error).__name__}: {error}"
+
+for number, name in enumerate((str(private), "../../../../private.png")):
+    (run / "stats.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "sample": name}))
+    refused(f"sample {number}", training_monitor.TrainingMonitor.execute, "planted", False)
+    record = {"index": 0, "kept": True, "first": name, "second": name, "view": {"name": "identity"}}
+    (pairs / "pairs.jsonl").write_text(json.dumps(record))
+    refused(f"pair {number}", dataset.read_pairs, pairs)
+refused("nested", training_monitor.TrainingMonitor.execute, "planted/checkpoints", False)
+refused("caption", dataset.samples_of, "links", 0, "", False)
+cache = training_files.Cache(run, run, run)
+refused("style", training.TrainStyle.execute, cache, "b", "--help", "new", "new")
+refused("crafter", training.TrainStyleCrafter.execute, cache, "b", "--help", "new")
+print(json.dumps(said))
+"""
+    )
+    assert set(said) == {
+        *("sample 0", "sample 1", "pair 0", "pair 1", "nested", "caption", "style", "crafter")
+    }
+    for key, words in said.items():
+        assert words.startswith("ConfigError"), (key, words)

@@ -81,6 +81,10 @@ OUTSIDE = [
     "c:a.safetensors",
     "a.safetensors:stream",
     "a\0.safetensors",
+    "a\n.safetensors",
+    "\ud800.safetensors",
+    "x" * 300,
+    "a/" * 2000,
     "",
     "  ",
 ]
@@ -154,6 +158,35 @@ def test_styles_are_not_written_through_a_link(paths, models, tmp_path):
     (styles / "out").symlink_to(tmp_path)
     with pytest.raises(paths.ConfigError, match="leads out"):
         paths.new_style_file("out/mine")
+
+
+def test_nothing_is_made_through_a_link_before_it_is_refused(paths, models, tmp_path):
+    styles, outside = models / "stylemaster" / "styles", tmp_path / "outside"
+    styles.mkdir()
+    outside.mkdir()
+    (styles / "out").symlink_to(outside)
+    with pytest.raises(paths.ConfigError, match="leads out"):
+        paths.new_style_file("out/new/mine")
+    assert list(outside.iterdir()) == []
+
+
+def test_styles_need_room_for_their_number_and_no_file_where_a_folder_would_be(paths, models):
+    with pytest.raises(paths.ConfigError, match="longer than 200 bytes"):
+        paths.new_style_file("ä" * 120)
+    (models / "stylemaster" / "styles").mkdir()
+    (models / "stylemaster" / "styles" / "a_00001_.safetensors").write_bytes(b"")
+    with pytest.raises(paths.ConfigError, match="leads through a file"):
+        paths.new_style_file("a_00001_.safetensors/x")
+    assert paths.model_file("sub/a.safetensors", paths.ADAPTERS).is_file()
+    with pytest.raises(paths.WeightsError, match="there is no file"):
+        paths.model_file("sub/a.safetensors/x", paths.ADAPTERS)
+
+
+@pytest.mark.parametrize("value", ["--help", "style", "", None, 3, ["style-images"], {}])
+def test_values_of_lists_that_a_link_carries(paths, value):
+    with pytest.raises(paths.ConfigError, match="expected one of style-images, style-clips"):
+        paths.check_choice(value, ["style-images", "style-clips"], "stage")
+    paths.check_choice("style-clips", ["style-images", "style-clips"], "stage")
 
 
 def test_the_fingerprint_follows_the_file(paths, models):
