@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from stylemaster_core.errors import ConfigError, StyleMasterError
+from stylemaster_core.writing import write_text
 
 Report = dict[str, Any]
 
@@ -80,9 +81,4 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
     """Write beside the target, then rename: nothing half-written stays."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_text(path, json.dumps(report, indent=2) + "\n", overwrite=True)

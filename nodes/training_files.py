@@ -12,6 +12,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..stylemaster_core.errors import ConfigError, WeightsError
+from ..stylemaster_core.writing import written_beside
 from .paths import STYLES_SUBFOLDER, find_inside, new_inside
 
 DatasetSocket: Any = io.Custom("STYLE_DATASET")  # Dataset
@@ -114,14 +115,9 @@ def place_model(trained: Path, target: Path) -> None:
     Raises:
         WeightsError: if a file of that name is there.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
+    refuse_existing(target)
+    with written_beside(target) as part:
         shutil.copyfile(trained, part)
-        refuse_existing(target)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def refuse_existing(target: Path) -> None:

@@ -17,5 +17,9 @@ class WeightsError(StyleMasterError):
     """A weight file that is missing, damaged, of another kind or of another size."""
 
 
+class DiskError(StyleMasterError):
+    """A file that a disk does not take: it is full or read-only, or the place does not exist."""
+
+
 class UnsupportedHostError(StyleMasterError):
     """The host model, device or an installed library cannot do what was asked."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
 from ..weights.files import sha256_of, write_state_dict
+from ..writing import remove_leftovers
 from .cache import (
     FORMAT,
     MANIFEST,
@@ -163,6 +164,7 @@ def _open_folder(folder: Path, plan: CachePlan[Any, Any], overwrite: bool) -> No
     folder.mkdir(parents=True, exist_ok=True)
     manifest = _new_manifest(plan)
     with locked(folder):
+        remove_leftovers(folder)
         if not (folder / MANIFEST).is_file():
             if any(path.name != ".lock" for path in folder.iterdir()):
                 raise ConfigError(f"{folder} holds other files; give an empty or new folder")
@@ -303,8 +305,6 @@ def _write_shard(
     bad: list[dict[str, str]],
 ) -> None:
     path = shard_path(folder, index)
-    for left_by_kill in folder.glob(f"{path.name}.*.tmp"):
-        left_by_kill.unlink()
     record: dict[str, Any] = {
         "shard": index,
         "fingerprint": plan.fingerprint(index),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -16,35 +13,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
+from ..writing import written_beside
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CropMode = Literal["center", "pad", "squash"]
 # Scaling the short side up makes the long one this much longer: thinner images exhaust the memory.
 MAX_ASPECT = 50
-
-
-@contextmanager
-def written_beside(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a path beside `path` to write to, renamed to `path` once the block has succeeded.
-
-    Raises:
-        ConfigError: if `path` exists and `overwrite` is false, or its folder is missing.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ConfigError(f"{path} exists already; choose another name or ask to overwrite it")
-    # The ending stays last: writers choose the format by it.
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield part
-        if path.exists() and not overwrite:
-            raise ConfigError(f"{path} appeared while it was being written; choose another name")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def check_image(image: np.ndarray) -> np.ndarray:
@@ -121,7 +96,8 @@ def write_image(path: str | Path, image: np.ndarray, *, overwrite: bool = False)
 
     Raises:
         LayoutError: if `image` is not uint8 [H, W, 3].
-        ConfigError: if the ending is unknown, the folder is missing, or the file exists already.
+        ConfigError: if the ending is unknown, or the file exists already.
+        DiskError: if the disk does not take it.
     """
     picture = Image.fromarray(check_image(image))
     if Path(path).suffix.lower() not in Image.registered_extensions():

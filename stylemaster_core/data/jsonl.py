@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import ConfigError
+from ..writing import append_line, write_text
 
 logger = logging.getLogger("stylemaster")
 
@@ -32,16 +32,8 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
 
     Source: own; several processes may append to one file, the lock of its folder orders them.
     """
-    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    with locked(path.parent), path.open("a+b") as stream:
-        if stream.tell():
-            stream.seek(-1, os.SEEK_END)
-            # A killed process may have left half a line; it must not swallow this one.
-            if stream.read(1) != b"\n":
-                line = b"\n" + line
-        stream.write(line)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with locked(path.parent):
+        append_line(path, json.dumps(record, ensure_ascii=False).encode())
 
 
 def read_jsonl(
@@ -105,26 +97,13 @@ def write_json(path: Path, content: Any) -> None:
 
     Callers decide whether replacing is allowed, and hold the lock of the folder.
     """
-    _replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", overwrite=True)
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a file of JSON lines anew, as `write_json` does."""
-    _replace(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-
-
-def _replace(path: Path, text: str) -> None:
-    for left_by_kill in path.parent.glob(f".{path.name}.*.part"):
-        left_by_kill.unlink()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_text(path, "".join(lines), overwrite=True)
 
 
 def read_json(path: Path) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import ConfigError, LayoutError
 from ..file_names import file_below
+from ..writing import remove_leftovers
 from .images import read_image, write_image
 from .jsonl import append_jsonl, locked, read_json, read_jsonl, write_json
 from .views import View
@@ -60,6 +61,7 @@ def open_pair_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        remove_leftovers(folder)
         if (folder / SETTINGS).is_file():
             before = read_json(folder / SETTINGS)
             differing = sorted(
@@ -120,8 +122,6 @@ def make_pairs(
         names = {"first": f"{index:06d}_a.png", "second": f"{index:06d}_b.png"}
         if pair.kept:
             # Without a record, a file of that name is what a killed process left.
-            for left_by_kill in folder.glob(f".{index:06d}_?.*.part.png"):
-                left_by_kill.unlink()
             write_image(folder / names["first"], pair.canvas, overwrite=True)
             write_image(
                 folder / names["second"], pair.view.apply_image(pair.canvas), overwrite=True

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..file_names import refuse_outside
+from ..writing import write_text
 from .captions import (
     CAPTION_COLUMNS,
     caption_path,
@@ -19,7 +20,6 @@ from .captions import (
     sidecar_caption,
     strip_style_words,
 )
-from .images import written_beside
 from .videos import IMAGE_ENDINGS
 
 MEDIA_COLUMNS = ("media", "video", "image", "path", "file", "file_name")
@@ -128,26 +128,24 @@ def write_samples(path: Path, samples: Iterable[Sample], *, overwrite: bool = Fa
     """Write samples as a .jsonl table with paths relative to it.
 
     Raises:
-        ConfigError: if the name is another, the folder is missing, or the file exists.
+        ConfigError: if the name is another, or the file exists.
     """
     if path.suffix.lower() != ".jsonl":
         raise ConfigError(f"a table of samples is written as .jsonl, got {path.name!r}")
-    with (
-        written_beside(path, overwrite=overwrite) as part,
-        part.open("w", encoding="utf-8") as stream,
-    ):
-        for sample in samples:
-            row: dict[str, object] = {
-                "id": sample.id,
-                "media": _relative(sample.media, path.parent),
-                "caption": sample.caption,
-                "style": SELF if sample.style is None else _relative(sample.style, path.parent),
-            }
-            if sample.repeat is not None:
-                row["repeat"] = sample.repeat
-            if sample.tile:
-                row["control"] = TILE
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = []
+    for sample in samples:
+        row: dict[str, object] = {
+            "id": sample.id,
+            "media": _relative(sample.media, path.parent),
+            "caption": sample.caption,
+            "style": SELF if sample.style is None else _relative(sample.style, path.parent),
+        }
+        if sample.repeat is not None:
+            row["repeat"] = sample.repeat
+        if sample.tile:
+            row["control"] = TILE
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines), overwrite=overwrite)
 
 
 def _from_folder(folder: Path, caption: str | None, within: Sequence[Path] | None) -> list[Sample]:

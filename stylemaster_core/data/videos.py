@@ -17,7 +17,8 @@ from PIL import Image, ImageSequence
 
 from ..errors import ConfigError, LayoutError, UnsupportedHostError
 from ..layouts import check_frames
-from .images import read_image, to_rgb, write_image, written_beside
+from ..writing import written_beside
+from .images import read_image, to_rgb, write_image
 
 if TYPE_CHECKING:
     import av
@@ -207,6 +208,7 @@ def write_video(
         ConfigError: for an unknown ending, a number out of range, or an existing file.
         LayoutError: if the frames are not uint8 [T, H, W, 3] of one size, or there are none.
         UnsupportedHostError: if this PyAV lacks the encoder.
+        DiskError: if the disk does not take the file.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -227,8 +229,10 @@ def write_video(
         try:
             _encode(part, chain([first], chunks), fps, audio_from, audio_start_s, crf, progress)
         except FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
             raise UnsupportedHostError(
-                f"{path} could not be written ({error}); check the disk's space and rights"
+                f"{path} could not be written ({error}); try another ending"
             ) from error
 
 

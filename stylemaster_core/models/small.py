@@ -6,7 +6,6 @@ They need no downloads, run every step in seconds on a CPU and make noise, not p
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..weights.shapes import (
     expected_base_shapes,
     expected_controlnet_shapes,
 )
+from ..writing import written_beside
 
 WIDTH = 256
 NUM_BLOCKS = 4
@@ -171,12 +171,8 @@ def _motion_shapes() -> dict[str, Shape]:
 def write_checkpoint(path: Path, weights: dict[str, Tensor]) -> None:
     """Write a pickled checkpoint beside its place, then rename it."""
     # The release is a pickled checkpoint; safetensors would not exercise that path.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with written_beside(path, overwrite=True) as part:
         torch.save(weights, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_small_image_encoder(folder: Path, seed: int) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 from ..errors import WeightsError
 from ..file_names import file_below
 from ..weights.files import read_state_dict, write_state_dict
+from ..writing import remove_leftovers as remove_hidden
+from ..writing import write_text
 
 logger = logging.getLogger("stylemaster")
 
@@ -98,8 +100,6 @@ def write_checkpoint(
             "optimizer": plain,
         }
         _write_json(part / STATE, state)
-        for file in part.iterdir():
-            _sync(file)
         place(part, folder / name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -121,10 +121,7 @@ def place(part: Path, target: Path) -> None:
 
 def point_to(folder: Path, name: str) -> None:
     """Let `latest` name a checkpoint."""
-    part = folder / f".{LATEST}.{uuid.uuid4().hex[:8]}.tmp"
-    part.write_text(name + "\n", encoding="utf-8")
-    _sync(part)
-    os.replace(part, folder / LATEST)
+    write_text(folder / LATEST, name + "\n", overwrite=True)
 
 
 def remove_old(folder: Path, keep: int) -> None:
@@ -142,6 +139,7 @@ def remove_old(folder: Path, keep: int) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left unfinished."""
     if folder.is_dir():
+        remove_hidden(folder)
         for path in folder.glob(".*.tmp"):
             logger.info("removing what an interrupted run left: %s", path)
             if path.is_dir():
@@ -250,14 +248,7 @@ def _join(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, 
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Have a file on the disk before its name says that it is there."""
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

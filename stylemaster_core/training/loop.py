@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, LayoutError, StyleMasterError
 from ..weights.files import write_state_dict
+from ..writing import check_folder, remove_leftovers, write_text
 from . import checkpoint as checkpoints
 from .checks import check_data, check_disk, check_hashes, check_resume, check_trained, disk_bytes
 from .config import config_to_dict
@@ -110,12 +111,9 @@ def train(
             "run.sample_every=0"
         )
     out = Path(out)
-    folder = out / CHECKPOINTS
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(
-            f"{out} holds the checkpoints of another run; resume it, or choose another folder"
-        )
-    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        check_new(out)
+    check_folder(out)
     check_disk(out, disk_bytes(trainer))
     with StopRequest(out) as stop:
         loop = _Loop(
@@ -127,6 +125,19 @@ def train(
             return result
         finally:
             loop.close()
+
+
+def check_new(out: Path) -> None:
+    """Check that a folder holds no checkpoints of an earlier run.
+
+    Raises:
+        ConfigError: if it does.
+    """
+    folder = out / CHECKPOINTS
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"{out} holds the checkpoints of another run; resume it, or choose another folder"
+        )
 
 
 class _Loop:
@@ -189,6 +200,7 @@ class _Loop:
         from tqdm import tqdm
 
         run = self.config.run
+        self._lock(resume)
         start = self._resume() if resume else 0
         self._open_files(start)
         plan = BatchPlan(group_by_size(self.data), self.samples_per_step, run.seed)
@@ -377,6 +389,10 @@ class _Loop:
         folder = self.out / CHECKPOINTS
         path = checkpoints.latest_checkpoint(folder)
         if path is None:
+            if self.is_main:
+                logger.warning(
+                    "%s holds no checkpoint to go on from; training starts anew", self.out
+                )
             return 0
         found = checkpoints.read_checkpoint(path)
         check_resume(found, self.config, self.hashes, self.accelerator.num_processes)
@@ -435,16 +451,22 @@ class _Loop:
         self.accelerator.wait_for_everyone()
         return paths
 
+    def _lock(self, resume: bool) -> None:
+        """Take the folder before looking at what it holds: another process may just end there."""
+        if self.is_main:
+            self.lock = lock_run(self.out)
+            if not resume:
+                check_new(self.out)
+            checkpoints.remove_leftovers(self.out / CHECKPOINTS)
+            remove_leftovers(self.out)
+        self.accelerator.wait_for_everyone()
+
     def _open_files(self, start: int) -> None:
         if not self.is_main:
             return
-        self.lock = lock_run(self.out)
-        checkpoints.remove_leftovers(self.out / CHECKPOINTS)
         forget_after(self.out, start)
         config = json.dumps(config_to_dict(self.config), indent=2)
-        part = self.out / ".config.json.tmp"
-        part.write_text(config + "\n", encoding="utf-8")
-        part.replace(self.out / "config.json")
+        write_text(self.out / "config.json", config + "\n", overwrite=True)
         self.stats = Stats(self.out, tensorboard=self.config.run.tensorboard, start=start)
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ..data.jsonl import read_jsonl, write_jsonl
 from ..errors import UnsupportedHostError
 from ..file_names import file_below
+from ..writing import append_line
 
 NAME = "stats.jsonl"
 _FILES = ("sample", "sample_video")
@@ -45,14 +45,7 @@ class Stats:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a line; one system call, so that a kill cannot cut it in two."""
-        line = (json.dumps({"step": step} | dict(values)) + "\n").encode()
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            # A disk that is nearly full takes a part, and says so at the next call.
-            while line:
-                line = line[os.write(descriptor, line) :]
-        finally:
-            os.close(descriptor)
+        append_line(self._path, json.dumps({"step": step} | dict(values)).encode(), sync=False)
         if self._board is not None:
             for key, value in values.items():
                 if isinstance(value, int | float):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import WeightsError
+from ..writing import publish, write_text
 from .files import Progress, sha256_of
 from .manifest import WeightEntry
 
@@ -190,7 +191,7 @@ def download(
     _check_free_space(folder, size, part)
     _fetch(entry, url, part, size, opener, progress, attempts, pause_s)
     actual = _verify_part(entry, part, size, sha256)
-    os.replace(part, target)
+    publish(part, target, overwrite=overwrite)
     note_sha256(target, actual)
     return Download(target, actual, target.stat().st_size, source, was_present=False)
 
@@ -203,9 +204,7 @@ def note_sha256(path: Path, sha256: str) -> None:
         sha256: its hash.
     """
     note = path.with_name(f"{path.name}.sha256")
-    part = note.with_name(f"{note.name}.tmp")
-    part.write_text(f"{sha256}  {path.name}\n", encoding="utf-8")
-    os.replace(part, note)
+    write_text(note, f"{sha256}  {path.name}\n", overwrite=True)
 
 
 def noted_sha256(path: Path) -> str | None:

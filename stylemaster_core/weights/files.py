@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import pickle
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import WeightsError
+from ..errors import ConfigError, DiskError, WeightsError
+from ..writing import written_beside
 from .manifest import how_to_get
 
 logger = logging.getLogger("stylemaster")
@@ -141,32 +141,25 @@ def write_state_dict(
         WeightsError: if the file exists and `overwrite` is False, if a metadata value is not a
             string, or if the disk cannot take the file.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise WeightsError(
-            f"{path} exists ({path.stat().st_size:,} bytes) and is not overwritten unless asked "
-            "(overwrite=True, on the command line --overwrite). Choose another name or folder."
-        )
     for key, value in (metadata or {}).items():
         if not isinstance(value, str):
             raise WeightsError(
                 f"Metadata {key!r} is {type(value).__name__}; a safetensors header holds only "
                 "strings. Convert it with str() or json.dumps()."
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        save_file(_storable(tensors), str(part), metadata=dict(metadata or {}))
-        os.replace(part, path)
-    except Exception as error:
-        # safetensors reports a full disk as its own exception, so the class says little here.
+        with written_beside(path, overwrite=overwrite) as part:
+            save_file(_storable(tensors), str(part), metadata=dict(metadata or {}))
+    except (ConfigError, DiskError) as error:
+        raise WeightsError(str(error)) from error
+    except SafetensorError as error:  # a full disk is one of them
         raise WeightsError(
-            f"Could not write {path}: {error}. Check free space and permissions of {path.parent}."
+            f"{path} cannot be written: {error}; check free space and permissions of {path.parent}"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -1,6 +1,7 @@
 """The cache: what it holds, and that nothing bad goes unnoticed."""
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -41,6 +42,7 @@ from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.small import write_small_models
 from stylemaster_core.models.text_encoder import load_text_encoder
 from stylemaster_core.models.vae import load_vae
+from stylemaster_core.writing import part_path
 
 CONFIG = EncodeConfig(ClipConfig(sizes=((16, 32),), num_frames=5), dtype="float32")
 
@@ -429,10 +431,12 @@ def test_killed_at_any_moment_by_two_processes_at_once(tmp_path):
     assert 0 < len((cache / "shards.jsonl").read_text().splitlines()) < 100
     for path in cache.glob("shard_*.safetensors"):
         assert len(load_file(path)) == 3
-    for name in ("shard_00099.safetensors.0a1b.tmp", ".manifest.json.1.part"):
-        (cache / name).write_text("what a kill may leave")
+    for name in ("shard_00099.safetensors", "manifest.json"):
+        part = part_path(cache / name)
+        owner = part.name.replace(f"-{os.getpid()}-", f"-{both[0].pid}-")
+        part.with_name(owner).write_text("what a kill may leave")
     assert [close(process) for process in start_both()] == [0, 0]
-    assert not [path.name for path in cache.iterdir() if path.suffix in (".tmp", ".part")]
+    assert not [path.name for path in cache.iterdir() if ".part" in path.name]
     data = CachedDataset(cache)
     assert [data[i]["latents"].mean().item() for i in range(300)] == list(range(300))
     assert check_cache(cache) == []

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -36,6 +39,7 @@ from stylemaster_core.errors import ConfigError, LayoutError, WeightsError
 from stylemaster_core.models.clip_text import ClipText
 from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.small import write_small_models
+from stylemaster_core.writing import part_path
 
 SIZE, TEXT = 16, 8
 
@@ -226,7 +230,10 @@ def test_resume(diffusion, tmp_path):
     before = (tmp_path / "000000_a.png").stat().st_mtime_ns
     # A killed process: pictures without a record, half a record, a picture that is gone.
     (tmp_path / "000002_a.png").write_bytes(b"half")
-    (tmp_path / ".000002_b.1.part.png").write_bytes(b"half")
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    part = part_path(tmp_path / "000002_b.png")
+    part.with_name(part.name.replace(str(os.getpid()), str(killed.pid))).write_bytes(b"half")
     with (tmp_path / "pairs.jsonl").open("a") as stream:
         stream.write('{"index": 2, "kept": tr')
     (tmp_path / "000001_b.png").unlink()

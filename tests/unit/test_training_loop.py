@@ -29,6 +29,7 @@ from stylemaster_core.training.loop import NonFiniteError, train
 from stylemaster_core.training.motion_adapter import create_motion_trainer
 from stylemaster_core.training.optimizer import create_optimizer, learning_rate
 from stylemaster_core.training.previews import References, write_preview
+from stylemaster_core.training.run_lock import lock_run
 from stylemaster_core.training.samples import (
     BatchPlan,
     MemoryDataset,
@@ -536,6 +537,23 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(tmp_path):
         train(style_trainer(), other, tmp_path, resume=True)
     longer = with_run(num_steps=7, batch_size=1, accumulation=4)
     assert train(style_trainer(longer), data, tmp_path, resume=True).step == 7
+
+
+def test_a_run_that_ends_while_this_one_waits_for_it_is_not_trained_over(tmp_path, monkeypatch):
+    def wait_for_the_other(out):
+        (out / "checkpoints" / "step-00000002").mkdir(parents=True)
+        return lock_run(out)
+
+    monkeypatch.setattr("stylemaster_core.training.loop.lock_run", wait_for_the_other)
+    with pytest.raises(ConfigError, match="holds the checkpoints of another run"):
+        train(style_trainer(), WORLD.dataset(12), tmp_path)
+    assert not read_stats(tmp_path)
+
+
+def test_resuming_an_empty_folder_says_that_it_starts_anew(tmp_path, caplog):
+    config = with_run(num_steps=1, validate_every=0)
+    assert train(style_trainer(config), WORLD.dataset(12), tmp_path, resume=True).step == 1
+    assert f"{tmp_path} holds no checkpoint to go on from; training starts anew" in caplog.text
 
 
 def test_text_dropout_needs_the_empty_prompt():
