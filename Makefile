@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := stylemaster_core nodes tests bench web recipes __init__.py
 
-.PHONY: demo comfy tiny test lint types unit comfy-tests clean
+.PHONY: demo comfy tiny test lint types unit fuzz comfy-tests clean
 
 demo: $(VENV)/.installed  ## the small model restyles a clip to three style pictures, and measures it
 	$(BIN)/stylemaster demo --out demo --overwrite
@@ -20,6 +20,7 @@ tiny: $(VENV)/.installed  ## train the small model from nothing; goes on where i
 	$(BIN)/python -m recipes.tiny --profile $(PROFILE) $(if $(filter smoke,$(PROFILE)),--out runs/smoke,--ship)
 
 test: lint types unit comfy-tests
+	$(MAKE) fuzz FUZZ="--seconds 60"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(CHECKED)
@@ -30,6 +31,11 @@ types: $(VENV)/.installed
 
 unit: $(VENV)/.installed  ## everything that needs no ComfyUI
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/comfy -q -n 2 --dist loadfile
+
+# FUZZ=--long plays everything, by count; --report writes docs/reliability.md.
+FUZZ ?= --seconds 240
+fuzz: $(VENV)/.installed  ## damaged files, hostile names, kills, misbehaving servers; seeded
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ)
 
 comfy-tests: $(VENV)/.installed  ## against a real ComfyUI; skipped, saying so, where none is found
 	$(BIN)/python -m pytest tests/comfy -q

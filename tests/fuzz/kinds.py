@@ -1,0 +1,8 @@
+"""All kinds; one line each."""
+
+from __future__ import annotations
+
+from tests.fuzz import names
+from tests.fuzz.attack import Kind
+
+KINDS: tuple[Kind, ...] = (names.KIND,)
