@@ -62,7 +62,7 @@ def restyle(
             models.vae() as vae,
             models.transformer() as transformer,
             models.controlnet() as controlnet,
-            attached_motion(transformer, config.motion_scale),
+            attached_motion(transformer, config.motion_scale, is_video=len(contents[start]) > 1),
         ):
             latents = denoise(
                 transformer,

