@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from stylemaster_core.dtypes import choose_dtype
 from stylemaster_core.errors import ConfigError
 from stylemaster_core.layouts import SIZE_MULTIPLE, latent_shape
-from stylemaster_core.pipelines.models import choose_device, choose_dtype
+from stylemaster_core.pipelines.models import choose_device
 from stylemaster_core.sampling.schedules import in_range
 
 from .runner import add_output, check_output, machine_facts, run_benchmark

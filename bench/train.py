@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from stylemaster_core.dtypes import choose_precision
 from stylemaster_core.errors import ConfigError
-from stylemaster_core.pipelines.models import choose_device, choose_dtype
+from stylemaster_core.pipelines.models import choose_device
 from stylemaster_core.training.config import FlowConfig, RunConfig, TrainConfig
 from stylemaster_core.training.global_projection import create_projection_trainer
 from stylemaster_core.training.gray_tile_controlnet import create_control_trainer
@@ -219,9 +220,10 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             f"--batch {args.batch}, --checkpointing {args.checkpointing}: at least 1, and 0"
         )
     device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
-    if dtype == torch.float16:
+    if args.dtype == "float16":
         raise ConfigError("training runs in float32 or bfloat16; choose one of them")
+    half = choose_precision(args.dtype, device) == "bfloat16"
+    dtype = torch.bfloat16 if half else torch.float32
     setting = read_setting(args, device)
     if any(row == ("motion", "clips") for row in rows) and setting.frames < 5:
         raise ConfigError(f"--frames {setting.frames}: the motion adapter needs clips, 5 or more")

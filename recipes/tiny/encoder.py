@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stylemaster_core.data.images import CLIP_MEAN, CLIP_STD
+from stylemaster_core.dtypes import autocast
 from stylemaster_core.errors import ConfigError
 from stylemaster_core.models.image_encoder import ImageEncoder, load_image_encoder
 from stylemaster_core.training.ema import MovingAverage
@@ -152,7 +153,7 @@ def train_encoder(
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done))
             drawn = draw_batch(pool, scales, np.random.default_rng([seed, step]), config)
             batch = Batch(*[values.to(device) for values in drawn])
-            with torch.autocast(device, torch.bfloat16):
+            with autocast(torch.device(device)):
                 parts = encoder_losses(model, heads, batch, config.temperature)
             loss = torch.stack(list(parts.values())).sum()
             optimizer.zero_grad()

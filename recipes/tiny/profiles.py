@@ -30,6 +30,8 @@ class Profile:
     validation: int = 16  # held-out styles
     lr: float = 1e-3  # of the joint training
     vae_lr: float = 1e-3
+    vae_pca_blocks: int = 400_000  # of pixels, that the PCA sees
+    encoder_batch: int = 64  # styles
 
 
 PROFILES = {

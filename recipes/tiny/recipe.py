@@ -45,6 +45,7 @@ from stylemaster_core.training.global_projection import create_projection_traine
 from stylemaster_core.training.gray_tile_controlnet import create_control_trainer
 from stylemaster_core.training.loop import train
 from stylemaster_core.training.motion_adapter import create_motion_trainer
+from stylemaster_core.training.precision import settle_precision
 from stylemaster_core.training.samples import MemoryDataset, Sample, Subset, TrainingData
 from stylemaster_core.training.style_modulation import create_style_trainer
 from stylemaster_core.training.stylecrafter import (
@@ -55,7 +56,7 @@ from stylemaster_core.training.trainer import Trainer
 from stylemaster_core.weights.files import read_state_dict
 
 from .contents import draw_clip
-from .encoder import create_encoder, train_encoder
+from .encoder import EncoderConfig, create_encoder, train_encoder
 from .encoder_pool import draw_pool, load_or_draw_pool
 from .encoder_probe import probe_encoder
 from .joint import create_joint_trainer
@@ -142,6 +143,7 @@ class Recipe:
 
     def vae(self, folder: Path) -> Outcome:
         pool = clip_pool(self.out, self.profile.vae_pool, self.seed)
+        pca_blocks = self.profile.vae_pca_blocks
         train_vae(
             folder,
             steps=self.profile.vae_steps,
@@ -151,10 +153,11 @@ class Recipe:
             device=self.device,
             pool=pool,
             limit=self.limit,
+            pca_blocks=pca_blocks,
         )
         trained = read_state_dict(folder / "vae.safetensors").tensors
         linear = PatchVAE()
-        linear.set_linear(*fit_pca(pool, self.seed))
+        linear.set_linear(*fit_pca(pool, self.seed, pca_blocks))
         clips = draw_clips(self.profile.validation, 128, seed=9, held_out=True)
         before, after = [
             evaluate_vae(vae, clips=clips)["mae"]
@@ -172,15 +175,21 @@ class Recipe:
         )
         if through_vae:
             _pass_through(load_vae(self.out / "vae" / "vae.safetensors"), pool.pictures[:, 1])
+        steps = self.profile.encoder_steps
+        config = EncoderConfig(
+            batch_styles=self.profile.encoder_batch, warmup_steps=min(100, steps // 5)
+        )
         train_encoder(
             folder,
             seed=seed,
-            steps=self.profile.encoder_steps,
+            steps=steps,
             pool=pool,
+            config=config,
             device=self.device,
             limit=self.limit,
         )
-        held_out = draw_pool(seed, held_out=True, num_styles=96, pictures=2, contents=100)
+        contents = min(100, self.profile.encoder_pool["contents"])
+        held_out = draw_pool(seed, held_out=True, num_styles=96, pictures=2, contents=contents)
         untrained = ImageEncoder(create_encoder(pool, seed))
         before, after = [
             probe_encoder(encoder, pool, held_out).texture
@@ -211,17 +220,25 @@ class Recipe:
         """The paper's first stage, on pictures and rearrangements of their own pixels."""
         projection = ProjectionConfig(hidden_width=256, num_negatives=16)
         config = self._config(
-            "global-projection", self.profile.projection_steps, 64, lr=1e-3, projection=projection
+            folder,
+            "global-projection",
+            self.profile.projection_steps,
+            64,
+            lr=1e-3,
+            projection=projection,
         )
         data = self._pairs(self.profile.num_pairs, held_out=False)
         features = {key: tuple(value.shape) for key, value in data[0].items()}
         trainer = create_projection_trainer(config, features)
-        return self._train(trainer, data, self._pairs(128, held_out=True), folder)
+        return self._train(
+            trainer, data, self._pairs(8 * self.profile.validation, held_out=True), folder
+        )
 
     def joint(self, folder: Path) -> Outcome:
         """Base, style branch and control together, from nothing."""
         data, held_out = self._samples("train"), self._samples("held_out")
         config = self._config(
+            folder,
             "control",
             self.profile.joint_steps,
             self.profile.joint_batch,
@@ -237,7 +254,7 @@ class Recipe:
     def style(self, folder: Path) -> Outcome:
         """The paper's style modulation: only the style branch learns."""
         data, held_out = self._samples("train"), self._samples("held_out")
-        config = self._config("style", self.profile.style_steps, self.profile.joint_batch)
+        config = self._config(folder, "style", self.profile.style_steps, self.profile.joint_batch)
         trainer = create_style_trainer(
             config,
             self._file("joint/transformer"),
@@ -252,6 +269,7 @@ class Recipe:
         """The paper's gray-tile control: only the control network learns."""
         data, held_out = self._samples("train"), self._samples("held_out")
         config = self._config(
+            folder,
             "control",
             self.profile.control_steps,
             self.profile.joint_batch,
@@ -274,6 +292,7 @@ class Recipe:
             still_samples(self._samples(name), STILL_FRAMES) for name in ("train", "held_out")
         )
         config = self._config(
+            folder,
             "motion",
             self.profile.motion_steps,
             self.profile.joint_batch,
@@ -323,7 +342,7 @@ class Recipe:
         pictures = [i for i, size in enumerate(data.sizes) if size[1] == 1]
         settings = dataclasses.replace(STYLECRAFTER, train=train)
         config = self._config(
-            "stylecrafter", steps, self.profile.joint_batch, lr=lr, stylecrafter=settings
+            folder, "stylecrafter", steps, self.profile.joint_batch, lr=lr, stylecrafter=settings
         )
         trainer = create_stylecrafter_trainer(
             config,
@@ -338,6 +357,7 @@ class Recipe:
         """StyleCrafter's second stage: a LoRA that carries the adapter to clips."""
         data, held_out = self._samples("train"), self._samples("held_out")
         config = self._config(
+            folder,
             "stylecrafter-video",
             self.profile.stylecrafter_video_steps,
             self.profile.joint_batch,
@@ -353,6 +373,7 @@ class Recipe:
 
     def _config(
         self,
+        folder: Path,
         trainer: TrainerName,
         steps: int,
         batch: int,
@@ -365,7 +386,7 @@ class Recipe:
             num_steps=steps,
             batch_size=batch,
             seed=self.seed,
-            precision="bfloat16",
+            precision="auto",
             save_every=max(min(250, steps // 4), 1),
             keep_checkpoints=1,
             validate_every=max(steps // 4, 1),
@@ -382,12 +403,14 @@ class Recipe:
             shift=3.0, timesteps="logit_normal", weighting="none", text_length=TEXT_LENGTH
         )
         style = StyleConfig(drop_style=0.08, drop_both=0.05, num_layers=2)
-        return TrainConfig(trainer, run, optimizer, flow, style, **sections)
+        config = TrainConfig(trainer, run, optimizer, flow, style, **sections)
+        return settle_precision(config, torch.device(self.device), folder)
 
     def _train(
         self, trainer: Trainer, data: TrainingData, held_out: TrainingData, folder: Path
     ) -> Outcome:
-        with self.limit.touching(folder / "stop"), _fast_attention(self.device):
+        attention = _fast_attention(trainer.config.run.precision, self.device)
+        with self.limit.touching(folder / "stop"), attention:
             result = train(trainer, data, folder, validation=held_out, resume=True, progress=True)
         if not result.finished:
             raise TimeOver
@@ -467,9 +490,10 @@ def _pass_through(vae: WanVAE | PatchVAE, pictures: np.ndarray) -> None:
         pictures[first : first + 16] = pixels.permute(0, 2, 3, 1).numpy()
 
 
-def _fast_attention(device: str) -> contextlib.AbstractContextManager[object]:
+def _fast_attention(precision: str, device: str) -> contextlib.AbstractContextManager[object]:
     # For short sequences in bfloat16 the fused kernel of the CPU takes a third of a step.
-    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
+    slow = device == "cpu" and precision == "bfloat16"
+    return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from stylemaster_core.dtypes import autocast
 from stylemaster_core.errors import ConfigError, WeightsError
 from stylemaster_core.models.patch_vae import (
     BLOCK_VALUES,
@@ -110,14 +111,14 @@ def clip_pool(folder: Path, counts: dict[int, int], seed: int) -> ClipPool:
     return ClipPool(clips)
 
 
-def fit_pca(pool: ClipPool, seed: int) -> tuple[Tensor, Tensor]:
+def fit_pca(pool: ClipPool, seed: int, num_blocks: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean [768] and covariance [768, 768] of blocks, half of stills, half of moving clips."""
     rng = np.random.default_rng([seed, 1])
     means, squares = [], torch.zeros(BLOCK_VALUES, BLOCK_VALUES).double()
     for frames in (1, 5):
         total, seen = torch.zeros(BLOCK_VALUES).double(), 0
         products = torch.zeros(BLOCK_VALUES, BLOCK_VALUES).double()
-        while seen < PCA_BLOCKS / 2:
+        while seen < (num_blocks or PCA_BLOCKS) / 2:
             blocks = video_to_blocks(pool.batch(rng, 64, frames, 64))
             last = blocks.unflatten(0, (64, -1))[:, -1]
             flat = last.permute(0, 2, 3, 1).reshape(-1, BLOCK_VALUES)
@@ -141,6 +142,7 @@ def train_vae(
     pool: ClipPool | None = None,
     limit: TimeLimit | None = None,
     start: str | Path | None = None,
+    pca_blocks: int | None = None,
 ) -> Path:
     """Train a `PatchVAE` and write it as float16; an interrupted run goes on from its checkpoint.
 
@@ -156,6 +158,7 @@ def train_vae(
         limit: of this call.
         start: a file of weights whose decoder is trained further; its encoder, and so the latents,
             stay as they are.
+        pca_blocks: how many blocks of pixels the PCA sees.
 
     Returns:
         The file of weights, the moving average.
@@ -177,7 +180,7 @@ def train_vae(
     else:
         vae = PatchVAE()
         if latest is None:
-            vae.set_linear(*fit_pca(pool, seed))
+            vae.set_linear(*fit_pca(pool, seed, pca_blocks))
     vae.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     parameters = {name: p for name, p in vae.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
@@ -280,7 +283,7 @@ def _held_out(count: int, size: int) -> np.ndarray:
 
 def _losses(vae: PatchVAE, video: Tensor, rng: np.random.Generator) -> tuple[Tensor, float]:
     """The loss to minimise, and the mean squared error for the log."""
-    with torch.autocast(video.device.type, torch.bfloat16):
+    with autocast(video.device):
         latents = vae.to_latents(video).float()
         flat = latents.transpose(0, 1).flatten(1)
         # Keeps the scale, or the noise would only make the latents larger.

@@ -36,9 +36,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .. import __version__
-    from ..pipelines.models import choose_device, choose_dtype
+    from ..dtypes import explain_dtype
+    from ..pipelines.models import choose_device
 
     device = choose_device()
+    dtype, reason = explain_dtype("auto", device)
     facts: dict[str, Any] = {
         "stylemaster": __version__,
         "python": platform.python_version(),
@@ -47,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
         "device_name": torch.cuda.get_device_name()
         if device.type == "cuda"
         else platform.machine(),
-        "dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "dtype_reason": reason,
         "attention": _attention_backends(device.type),
         "packages": {name: _version(name) for name in PACKAGES},
     }

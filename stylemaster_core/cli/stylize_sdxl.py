@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..data.images import write_image
-    from ..pipelines.models import choose_device, choose_dtype
+    from ..dtypes import choose_dtype
+    from ..pipelines.models import choose_device
     from ..pipelines.stylize_sdxl import (
         SdxlConfig,
         load_adapter,

@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             raise WeightsError(f"--{option.replace('_', '-')}: {path} does not exist")
     _quiet_other_processes()
     _check_launch(args.cpu)
+    config = _settle(config, args)
     data = _open(args.data, args.trainer)
     validation = None if args.validation_data is None else _open(args.validation_data, args.trainer)
     encoders = {"vae": args.vae, "text_encoder": args.text_encoder}
@@ -120,6 +121,18 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result.finished else STOPPED
 
 
+def _settle(config: Any, args: argparse.Namespace) -> Any:
+    """The config with a precision of its own, the same in all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    from ..pipelines.models import choose_device
+    from ..training.precision import settle_precision
+
+    device = choose_device("cpu" if args.cpu else "auto")
+    config = settle_precision(config, device, args.out if args.resume else None)
+    return broadcast_object_list([config])[0] if _num_processes() > 1 else config
+
+
 def _open(path: Path, trainer: str) -> Any:
     from ..data.cache import CachedDataset
 
@@ -129,6 +142,9 @@ def _open(path: Path, trainer: str) -> Any:
 
 def _null_text(args: argparse.Namespace, data: Any) -> Any:
     """Features of the empty prompt: of the cache, or made once and kept beside the run."""
+    import torch
+
+    from ..dtypes import choose_dtype
     from ..models.text_encoder import load_text_encoder
     from ..weights.files import read_state_dict, write_state_dict
 
@@ -146,7 +162,9 @@ def _null_text(args: argparse.Namespace, data: Any) -> Any:
             "text dropout needs the features of the empty prompt, and the cache lacks them; give "
             "--text-encoder (it is used once), or set flow.drop_text=0 and style.drop_both=0"
         )
-    features = load_text_encoder(args.text_encoder, args.tokenizer).encode([""])[0]
+    dtype = choose_dtype("auto", torch.device("cpu"))
+    encoder = load_text_encoder(args.text_encoder, args.tokenizer, dtype=dtype)
+    features = encoder.encode([""])[0]
     length = int(features.ne(0).any(-1).nonzero().max()) + 1 if features.any() else 1
     features = features[:length].float().contiguous()
     if not args.dry_run:
@@ -157,9 +175,10 @@ def _null_text(args: argparse.Namespace, data: Any) -> Any:
 def _decoder(vae: Path | None, cpu: bool) -> Callable[[Any], Any] | None:
     if vae is None:
         return None
+    from ..dtypes import choose_dtype
     from ..layouts import video_to_frames
     from ..models.vae import load_vae
-    from ..pipelines.models import choose_device, choose_dtype
+    from ..pipelines.models import choose_device
 
     device = choose_device("cpu" if cpu else "auto")
     model = load_vae(vae, device="cpu", dtype=choose_dtype("auto", device))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from ..dtypes import choose_dtype
 from ..errors import ConfigError, UnsupportedHostError, WeightsError
 
 if TYPE_CHECKING:
@@ -105,20 +106,6 @@ def choose_device(device: str = "auto") -> torch.device:
             f"the device {device!r} cannot be used here: {error}; use auto, cuda, mps or cpu"
         ) from error
     return chosen
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16, except on the CPU, where float32 is faster.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
-    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in names:
-        raise ConfigError(f"the dtype {dtype!r} is unknown; use auto, {', '.join(names)}")
-    return names[dtype]
 
 
 class Models:

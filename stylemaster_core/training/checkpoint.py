@@ -175,17 +175,31 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return path
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The config that a checkpoint was trained with, as JSON values.
+
+    Raises:
+        WeightsError: if it is damaged.
+    """
+    return _read_json(path / "config.json")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path.parent} is no readable checkpoint: {error}; use another"
+        ) from error
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
         WeightsError: if it is damaged or of another format.
     """
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path} is no readable checkpoint: {error}; use another") from error
+    state, config = _read_json(path / STATE), read_settings(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise WeightsError(f"{path} is no checkpoint of this version ({FORMAT}); use another")
 

@@ -17,7 +17,7 @@ from ..models.texture_selector import SelectionMode
 TrainerName = Literal[
     "global-projection", "style", "motion", "control", "base", "stylecrafter", "stylecrafter-video"
 ]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class RunConfig:
     batch_size: int = 1  # samples per process and pass
     accumulation: int = 1  # passes per optimiser step
     seed: int = 0  # of the order of samples, noise, timesteps, dropout and new weights
-    precision: Precision = "float32"  # bfloat16: autocast, trained weights stay float32
+    # bfloat16: autocast, trained weights stay float32. auto: what the device is fast at.
+    precision: Precision = "float32"
     checkpoint_blocks: int = 0  # recompute every n-th block in the backward pass; 0: none
     compile_blocks: bool = False  # torch.compile for the transformer's blocks
     num_workers: int = 0  # processes that read samples
@@ -339,7 +340,7 @@ def _check(config: TrainConfig) -> None:
 
 
 _BIG = RunConfig(
-    precision="bfloat16",
+    precision="auto",
     num_workers=2,
     output_dtype="bfloat16",
     sample_text_scale=8.0,
@@ -408,7 +409,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     "base": TrainConfig(
         "base",
-        RunConfig(num_steps=20_000, batch_size=64, precision="bfloat16", num_workers=2),
+        RunConfig(num_steps=20_000, batch_size=64, precision="auto", num_workers=2),
         OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=200, ema_decay=0.999),
         FlowConfig(timesteps="logit_normal", weighting="none"),
     ),

@@ -92,7 +92,7 @@ def describe(trainer: Trainer, data: TrainingData, num_processes: int = 1) -> st
     """
     check_data(trainer, data)
     run = trainer.config.run
-    lines = [f"trainer {trainer.name}, {run.num_steps} steps"]
+    lines = [f"trainer {trainer.name}, {run.num_steps} steps in {run.precision}"]
     per_step = run.batch_size * run.accumulation * num_processes
     lines.append(
         f"  {per_step} samples a step = {run.batch_size} a pass x {run.accumulation} passes x "

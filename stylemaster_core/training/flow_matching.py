@@ -16,6 +16,7 @@ from ..sampling.schedules import TIMESTEPS, add_noise, flow_match_sigmas
 from .config import TrainConfig
 from .gradient_checkpointing import checkpoint_transformer
 from .losses import flow_match_losses, training_schedule
+from .precision import settle_precision
 from .samples import Sample, TrainingData, generator_of
 from .trainer import Trainer
 
@@ -126,7 +127,7 @@ class FlowMatchTrainer(Trainer):
                 "guided samples need the features of the empty prompt, and the data have none; "
                 "encode the data again, or set run.sample_text_scale=1"
             )
-        self.config = config
+        self.config = config = settle_precision(config)
         self.draws = self.flow_draws = draws
         self.provenance = dict(provenance or {})
         self.transformer = transformer
@@ -224,7 +225,8 @@ def frozen_transformer(base: StateDict, config: TrainConfig, num_heads: int | No
     """The base model, frozen, in the dtype that it computes in."""
     from ..models.wan_transformer import load_transformer
 
-    dtype = torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32
+    precision = settle_precision(config).run.precision
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     model = load_transformer({k: v.to(dtype) for k, v in base.items()}, num_heads=num_heads)
     model.style_attention = None  # a style branch comes from an adapter, or is made new
     return model

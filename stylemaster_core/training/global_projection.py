@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError, LayoutError
 from ..models.style_projector import ContrastiveProjection, GlobalProjection
 from .config import ProjectionConfig, TrainConfig
+from .precision import settle_precision
 from .samples import Sample, TrainingData, seed_of
 from .style_branch import PREFIX, StateDict, load_contrastive
 from .trainer import TrainedFile, Trainer, stored
@@ -95,7 +96,7 @@ class GlobalProjectionTrainer(Trainer):
             provenance: hashes of the files that training starts from.
         """
         super().__init__()
-        self.config = config
+        self.config = settle_precision(config)
         self.draws = PairDraws(config.projection.num_negatives)
         self.provenance = dict(provenance or {})
         self.contrastive = contrastive.float().requires_grad_(True)

@@ -250,10 +250,6 @@ def test_nodes_are_described(comfy):
         assert all(entry["output_tooltips"]), name
 
 
-def test_the_pack_is_light(comfy):
-    assert comfy.pack_imports()[server.PACK_NAME].seconds < 0.5
-
-
 def test_a_style_picture_makes_a_video(comfy):
     save = node(
         "SaveAnimatedWEBP",

@@ -47,7 +47,6 @@ RUN = {
     "settings": "\n".join(SETTINGS),
 }
 CURVE_WIDTH, CURVE_HEIGHT = 640, 360
-STOP_S = 20  # on a busy machine; after 30 s the node would end the trainer without a checkpoint
 BASE = {"base_model": small_models.TRANSFORMER_FILE}
 
 DATA = node(
@@ -248,6 +247,11 @@ def said(result: server.Result) -> str:
     return (result.error or {}).get("exception_message", str(result))
 
 
+def written_at(folder: Path) -> list[int]:
+    """When the files were last written that a training writes first."""
+    return [(folder / name).stat().st_mtime_ns for name in ("config.json", "stats.jsonl")]
+
+
 def opened(jpeg: bytes) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")).astype(float)
 
@@ -278,7 +282,7 @@ def test_interrupt_resume_and_use(comfy, name):
 
     steps: list[int] = []
     previews: list[np.ndarray] = []
-    stopped = {"at": 0.0}
+    stopped: list[int] = []
 
     def note(kind: str, data: dict[str, Any]) -> None:
         if kind == "progress" and data.get("node") == "train":
@@ -286,15 +290,14 @@ def test_interrupt_resume_and_use(comfy, name):
 
     def interrupt_at_step_2(jpeg: bytes) -> None:
         previews.append(opened(jpeg))
-        if steps and steps[-1] >= 2 and not stopped["at"]:
-            stopped["at"] = time.monotonic()
+        if steps and steps[-1] >= 2 and not stopped:
+            stopped.append(steps[-1])
             comfy.interrupt()
 
     result = comfy.run_prompt(graph(100_000), on_event=note, on_preview=interrupt_at_step_2)
     assert result.status == "interrupted", said(result)
-    seconds = time.monotonic() - stopped["at"]
-    assert seconds < STOP_S
     assert (len(previews[-1]) > CURVE_HEIGHT) == bool(sampled), "sample frames below the curve"
+    # A trainer that does not stop when asked is killed, and leaves no checkpoint.
     done = int((folder / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert steps == sorted(steps) and done >= steps[-1] >= 2 and not (folder / "stop").exists()
     target = comfy.models_dir / case.folder / f"{file}.safetensors"
@@ -315,10 +318,10 @@ def test_interrupt_resume_and_use(comfy, name):
         assert shows(previews[-1], last)
         assert shows(picture(comfy, result.outputs["train"]), last)
 
-    before = target.read_bytes()
+    before, written = target.read_bytes(), written_at(folder)
     again = graph(done + 2, save_every=7) | {"more": node("PreviewImage", images="@train:2")}
     result = run(comfy, again)
-    assert result.node_seconds["train"] < 2, "a run that is finished is not trained again"
+    assert written_at(folder) == written, "a run that is finished is not trained again"
     curve = picture(comfy, result.outputs["more"])
     assert curve.shape == (CURVE_HEIGHT, CURVE_WIDTH, 3)
     assert len(np.unique(curve.reshape(-1, 3), axis=0)) > 4

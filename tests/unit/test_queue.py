@@ -227,6 +227,17 @@ def _quick(init):
     return quick
 
 
+def in_time(batch, *fakes):
+    """The status of a batch, which would hang for an hour if it waited for a server."""
+    status = queue.Queue()
+    options = ["--timeout", "3600", "--give-up", "3600"]
+    thread = threading.Thread(
+        target=lambda: status.put(batch(*fakes, options=options)), daemon=True
+    )
+    thread.start()
+    return status.get(timeout=120)
+
+
 def results(batch):
     """Readable files of the output folder, name -> content."""
     return {
@@ -291,9 +302,7 @@ def once_working(fake, act):
 def test_the_jobs_of_a_dead_server_go_to_another(fakes, batch):
     one, two = fakes(job_s=0.1), fakes(job_s=60)
     once_working(two, two.die)
-    started = time.monotonic()
-    assert batch(one, two) == 0
-    assert time.monotonic() - started < 10  # not after the default --timeout of 60 s
+    assert in_time(batch, one, two) == 0
     assert results(batch) == expected(*"abc")
     assert two.finished == []
     assert len(events(batch, "lost")) == 1
@@ -602,9 +611,7 @@ def test_no_server_answers(fakes, batch):
 def test_one_server_that_never_answers_does_not_hold_up_the_other(fakes, batch):
     one, two = fakes(), fakes()
     two.die()
-    started = time.monotonic()
-    assert batch(one, two) == 0
-    assert time.monotonic() - started < 3
+    assert in_time(batch, one, two) == 0
     assert results(batch) == expected(*"abc")
 
 
