@@ -80,7 +80,7 @@ class LayerCondition:
             self.made.clear()
             self.made[key] = (
                 layer_styles(regions, keys_values, like),
-                level_masks(regions, size, like),
+                level_masks(regions, (1, *size), like),
             )
         return self.made[key]
 
@@ -133,22 +133,8 @@ def styled_rows(
         layers, masks = condition.layers(active, size, like)
         samples = [rows[number][1] for number in numbers]
         index = torch.tensor(numbers, device=like.device)
-        found.append(StyledRows(index, [_for_samples(b, samples) for b in layers], masks))
+        found.append(StyledRows(index, [layer.of_rows(samples) for layer in layers], masks))
     return found
-
-
-def _for_samples(style: BlockStyle, samples: Sequence[int]) -> BlockStyle:
-    """Rows of a batch: keys and values are the same for all, gains may differ."""
-    norms = []
-    for weight, bias in style.norms:
-        if weight.shape[0] > 1:
-            weight, bias = weight[list(samples)], bias[list(samples)]
-        norms.append((weight, bias))
-    return style._replace(
-        keys=tuple(keys.expand(len(samples), -1, -1) for keys in style.keys),
-        values=tuple(values.expand(len(samples), -1, -1) for values in style.values),
-        norms=tuple(norms),
-    )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from ..errors import StyleMasterError
 SUBCOMMANDS = {
     "stylize": "generate or restyle a video or image",
     "stylize-sdxl": "a picture in a style, by StyleCrafter on SDXL",
+    "stylize-videocrafter": "a short video in a style, by StyleCrafter on VideoCrafter",
     "encode-style": "save the style of a picture",
     "inspect-style": "a PNG that shows which patches were kept",
     "weights": "list, download, verify and convert weight files",

@@ -106,6 +106,20 @@ class BlockStyle(NamedTuple):
     no_style: Tensor | None  # [D] or [B, 1, D]; None: rows without style get nothing at all
     norms: tuple[Norm, ...] = ()  # per region, each [B or 1, 1, D]; empty: there are none
 
+    def of_rows(self, samples: Sequence[int]) -> BlockStyle:
+        """For rows that are these samples: keys and values of 1 are for all, norms may differ."""
+        return self._replace(
+            keys=tuple(keys.expand(len(samples), -1, -1) for keys in self.keys),
+            values=tuple(values.expand(len(samples), -1, -1) for values in self.values),
+            norms=tuple(
+                (_rows(weight, samples), _rows(bias, samples)) for weight, bias in self.norms
+            ),
+        )
+
+
+def _rows(x: Tensor, samples: Sequence[int]) -> Tensor:
+    return x if x.shape[0] == 1 else x[list(samples)]
+
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:
     """Multi-head attention without a mask: [B, L, D] x [B, S, D] -> [B, L, D]."""

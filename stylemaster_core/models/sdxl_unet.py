@@ -90,7 +90,9 @@ class StyledUNet:
 
 def cross_attentions(unet: Any) -> list[str]:
     """Names of the cross-attentions, in the order in which StyleCrafter counts layers."""
-    names = [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
+    # VideoCrafter has others of that name, over frames; diffusers' own take a processor.
+    named = unet.named_modules()
+    names = [n for n, layer in named if n.endswith(".attn2") and hasattr(layer, "processor")]
     return sorted(names, key=lambda name: [name.startswith(part) for part in PARTS].index(True))
 
 

@@ -20,6 +20,11 @@ from ..weights.shapes import (
     sdxl_layer_key,
     stylecrafter_sdxl_sizes,
 )
+from ..weights.stylecrafter_video_keys import (
+    stylecrafter_sdxl_to_video,
+    stylecrafter_video_to_sdxl,
+    video_layer_names,
+)
 from .decoupled_attention import (
     NORM_STYLE_EPS,
     BlockStyle,
@@ -36,10 +41,12 @@ from .stylecrafter import (
 logger = logging.getLogger("stylemaster")
 
 MAX_TEXT_TOKENS = 77  # of the prompt, that the scale predictor looks at
+VIDEO_NUM_HEADS = 8  # of both query transformers of the video release
 NUM_LEVELS = 4  # resolutions of a UNet, from that of the latents on
 LICENCE_NOTE = (
     "StyleCrafter's released weights: their authors allow research and non-commercial use "
-    "(README of GongyeLiu/StyleCrafter-SDXL), though the hub tags them apache-2.0"
+    "(README of GongyeLiu/StyleCrafter and of its SDXL version), though the hub tags them "
+    "apache-2.0"
 )
 
 
@@ -68,12 +75,20 @@ class StyleCrafterSdxl(nn.Module):
     numbers.
     """
 
+    # Of the video release's adapter (`load_stylecrafter_video`); empty for SDXL's.
+    video_layers: Sequence[str] = ()
+
     def __init__(self, encoder: StyleCrafterEncoder, layer_widths: Sequence[int]) -> None:
         super().__init__()
         self.layer_widths = list(layer_widths)
         self.encoder = encoder
         style_width = encoder.image_context_model.projection.shape[1]
         self.layers = nn.ModuleList(StyleLayer(style_width, width) for width in layer_widths)
+
+    @property
+    def method(self) -> str:
+        """What a style that is made with it says of its origin."""
+        return "stylecrafter-video" if self.video_layers else "stylecrafter-sdxl"
 
     def free_projections(self) -> None:
         """Forget the projections; only `encoder` and `gains` work afterwards."""
@@ -129,6 +144,8 @@ class StyleCrafterSdxl(nn.Module):
         weights = self.encoder.release_state_dict()
         for index, layer in enumerate(self.layers):
             weights |= {sdxl_layer_key(index, k): v for k, v in layer.state_dict().items()}
+        if self.video_layers:
+            return stylecrafter_sdxl_to_video(weights, self.video_layers)
         return weights
 
 
@@ -162,6 +179,32 @@ def load_stylecrafter_sdxl(
         layer.load_state_dict(weights, assign=True)
     logger.warning(LICENCE_NOTE)
     return module.requires_grad_(False).eval()
+
+
+def load_stylecrafter_video(
+    state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> StyleCrafterSdxl:
+    """Build the adapter for VideoCrafter from the video release's weights.
+
+    It is the same adapter in other sizes, once its layers are counted as SDXL's are: down, up,
+    middle.
+
+    Args:
+        state_dict: adapter_v1.pth, or what `stylemaster weights convert` made of it.
+        metadata: of the file; `style_num_heads` and `scale_num_heads` where it is not 8.
+
+    Returns:
+        as `load_stylecrafter_sdxl`.
+
+    Raises:
+        WeightsError: for missing, unexpected or wrongly shaped keys.
+    """
+    heads = dict.fromkeys(("style_num_heads", "scale_num_heads"), str(VIDEO_NUM_HEADS))
+    module = load_stylecrafter_sdxl(
+        stylecrafter_video_to_sdxl(state_dict), heads | dict(metadata or {})
+    )
+    module.video_layers = video_layer_names(state_dict)
+    return module
 
 
 def layer_styles(
@@ -219,22 +262,29 @@ def _strengths(region: StyleRegion, num_layers: int) -> Tensor:
 
 
 def level_masks(
-    regions: Sequence[StyleRegion], size: tuple[int, int], like: Tensor
+    regions: Sequence[StyleRegion], size: tuple[int, int, int], like: Tensor
 ) -> dict[int, tuple[Tensor, ...]]:
     """Masks for `BlockStyle.masks` by a layer's number of tokens; all empty without masks.
 
     Args:
         regions: styles.
-        size: height and width of the latents.
+        size: frames, height and width of the latents; each frame is a row of the batch.
         like: any tensor of the wanted device and dtype.
+
+    Returns:
+        masks [frames or 1, tokens, 1].
 
     Raises:
         ConfigError: for several styles without masks.
     """
     masks: dict[int, tuple[Tensor, ...]] = {}
-    height, width = size
+    frames, height, width = size
+    if all(region.mask is None or region.mask.ndim == 2 for region in regions):
+        frames = 1
     for _ in range(NUM_LEVELS):
-        level = region_masks(regions, (1, height, width))
-        masks[height * width] = tuple(mask.to(like) for mask in level)
+        level = region_masks(regions, (frames, height, width))
+        masks[height * width] = tuple(
+            mask.view(frames, height * width, 1).to(like) for mask in level
+        )
         height, width = -(-height // 2), -(-width // 2)
     return masks

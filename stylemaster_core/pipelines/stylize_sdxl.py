@@ -13,13 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.images import CropMode, clip_pixels
+from ..data.images import CropMode, clip_pixels, stylecrafter_video_pixels
 from ..errors import ConfigError, WeightsError
 from ..models.decoupled_attention import StyleRegion
 from ..models.image_encoder import load_image_encoder
 from ..models.style_tokens import Style
 from ..models.stylecrafter import is_encoder_key
-from ..models.stylecrafter_sdxl import LayerKV, StyleCrafterSdxl, load_stylecrafter_sdxl
+from ..models.stylecrafter_sdxl import (
+    LayerKV,
+    StyleCrafterSdxl,
+    load_stylecrafter_sdxl,
+    load_stylecrafter_video,
+)
 from ..sampling.denoise_image import ImageText, denoise_image
 from ..weights.state_dict import describe_kind, detect_kind, shapes_of, strip_prefix
 
@@ -47,7 +52,9 @@ class PreparedStyle(NamedTuple):
 
 
 def load_adapter(path: Path) -> StyleCrafterSdxl:
-    """Read a StyleCrafter adapter for SDXL; its encoder as float32, its projections as stored.
+    """Read a StyleCrafter adapter for SDXL or VideoCrafter.
+
+    Its encoder is float32, its projections are as stored.
 
     Raises:
         WeightsError: if the file is of another kind, damaged or incomplete.
@@ -57,14 +64,16 @@ def load_adapter(path: Path) -> StyleCrafterSdxl:
     content = read_state_dict(path)
     tensors = strip_prefix(content.tensors)
     kind = detect_kind(shapes_of(tensors))
-    if kind != "stylecrafter_sdxl":
+    if kind not in ("stylecrafter_sdxl", "stylecrafter_video"):
         raise WeightsError(
             f"{path} is {describe_kind(kind)}; expected StyleCrafter's adapter for SDXL "
-            "(stylecrafter_sdxl.safetensors, which `stylemaster weights convert` makes)"
+            "(stylecrafter_sdxl.safetensors) or for VideoCrafter (adapter_v1.safetensors), which "
+            "`stylemaster weights convert` makes"
         )
     # Projections stay mapped from the file, and are widened one by one when they are used.
     weights = {k: v.float() if is_encoder_key(k) else v for k, v in tensors.items()}
-    return load_stylecrafter_sdxl(weights, content.metadata)
+    load = load_stylecrafter_sdxl if kind == "stylecrafter_sdxl" else load_stylecrafter_video
+    return load(weights, content.metadata)
 
 
 def load_sdxl(
@@ -147,15 +156,25 @@ def encode_style(
     Raises:
         LayoutError, WeightsError: for pictures or files that cannot work.
 
-    Source: StyleCrafter's SDXL code (its image processor, CLIP's hidden states but one); several
-    pictures as in its video code.
+    Source: StyleCrafter's SDXL code (its image processor, CLIP's hidden states but one) or video
+    code (its resize, CLIP's last layer), as the adapter needs; several pictures as in its video
+    code.
     """
     encoder = load_image_encoder(image_encoder, device=device, dtype=torch.float32)
-    pixels = [clip_pixels(image, crop=crop, size=encoder.image_size)[None] for image in images]
-    features = [encoder.penultimate(picture).cpu() for picture in pixels]
+    if adapter.video_layers:
+        if crop != "center":
+            raise ConfigError(
+                f"the adapter for VideoCrafter prepares pictures in a way of its own and has only "
+                f"the crop center, got {crop}; leave it out"
+            )
+        pixels = [stylecrafter_video_pixels(image)[None] for image in images]
+        features = [encoder.stylecrafter_video(picture).cpu() for picture in pixels]
+    else:
+        pixels = [clip_pixels(image, crop=crop, size=encoder.image_size)[None] for image in images]
+        features = [encoder.penultimate(picture).cpu() for picture in pixels]
     hashes = [hashlib.sha256(np.ascontiguousarray(i).tobytes()).hexdigest() for i in images]
     provenance: dict[str, object] = {
-        "method": "stylecrafter-sdxl",
+        "method": adapter.method,
         "images": list(names),
         "images_sha256": hashes,
         "crop": crop,

@@ -64,16 +64,87 @@ def denoise_image(
 
     Source: StyleCrafter, eq. 2, and its SDXL code; deviation: none.
     """
+
+    def predict(model_input: Tensor, timestep: Tensor, texts: list[Any]) -> Tensor:
+        return unet(
+            model_input,
+            timestep,
+            encoder_hidden_states=torch.cat([text.tokens for text in texts]),
+            added_cond_kwargs={
+                "text_embeds": torch.cat([text.pooled for text in texts]),
+                "time_ids": time_ids.expand(len(texts), -1),
+            },
+            return_dict=False,
+        )[0]
+
+    if noise.ndim != 4 or noise.shape[0] != 1:
+        raise LayoutError(f"the noise must be [1, 4, h, w], got {list(noise.shape)}")
+    extra = {"generator": generator} if _takes_generator(scheduler) else {}
+    return denoise_styled(
+        unet,
+        scheduler,
+        noise,
+        predict,
+        num_steps=num_steps,
+        text=text,
+        negative_text=negative_text,
+        regions=regions,
+        keys_values=keys_values,
+        guidance=GuidanceWeights.of_stylecrafter(text_scale, style_scale if regions else 0.0),
+        callback=lambda step, _: callback(step),
+        **extra,
+    )
+
+
+Predict = Callable[[Tensor, Tensor, list[Any]], Tensor]  # rows of branches, timestep, their texts
+
+
+@torch.no_grad()
+def denoise_styled(
+    unet: Any,
+    scheduler: Any,
+    noise: Tensor,
+    predict: Predict,
+    *,
+    num_steps: int,
+    text: Any,
+    negative_text: Any,
+    regions: Sequence[StyleRegion],
+    keys_values: Sequence[Sequence[LayerKV]],
+    guidance: GuidanceWeights,
+    callback: Callable[[int, Tensor], object],
+    **step_options: Any,
+) -> Tensor:
+    """Sample on a UNet of diffusers with StyleCrafter's styles; the rows may be frames of a video.
+
+    Args:
+        unet: whose cross-attentions the styles act on.
+        scheduler: of diffusers, for noise prediction.
+        noise: [T, 4, h, w] of unit variance: a picture, or the frames of a video.
+        predict: runs the UNet on [branches * T, 4, h, w], with a text for each branch.
+        num_steps: steps of the sampling.
+        text: of the prompt, as `predict` takes it.
+        negative_text: of the negative prompt.
+        regions: styles with gains, strengths, ranges and masks.
+        keys_values: of each region.
+        guidance: weights of the branches.
+        callback: called after each step with its number, from 0, and the guess of the clean
+            latents, or the latents where the scheduler makes none.
+        step_options: passed on to the scheduler's `step`.
+
+    Returns:
+        [T, 4, h, w] latents.
+
+    Raises:
+        ConfigError, LayoutError: for numbers, shapes or several styles without masks.
+    """
     from ..models.sdxl_unet import StyledUNet
 
     if len(regions) != len(keys_values):
         raise ConfigError(f"got keys and values of {len(keys_values)} styles for {len(regions)}")
-    if noise.ndim != 4 or noise.shape[0] != 1:
-        raise LayoutError(f"the noise must be [1, 4, h, w], got {list(noise.shape)}")
     scheduler.set_timesteps(num_steps, device=noise.device)
-    extra = {"generator": generator} if _takes_generator(scheduler) else {}
     latents = noise * scheduler.init_noise_sigma
-    guidance = GuidanceWeights.of_stylecrafter(text_scale, style_scale if regions else 0.0)
+    num_rows = noise.shape[0]
     styles: dict[tuple[int, ...], tuple[list[BlockStyle], Any]] = {}
     with StyledUNet(unet) as styled:
         for step, timestep in enumerate(scheduler.timesteps):
@@ -82,33 +153,30 @@ def denoise_image(
             )
             if active and active not in styles:
                 chosen = [regions[i] for i in active]
+                layers = layer_styles(chosen, [keys_values[i] for i in active], noise)
+                size = (num_rows, noise.shape[2], noise.shape[3])
                 styles[active] = (
-                    layer_styles(chosen, [keys_values[i] for i in active], noise),
-                    level_masks(chosen, (noise.shape[2], noise.shape[3]), noise),
+                    [layer.of_rows([0] * num_rows) for layer in layers],
+                    level_masks(chosen, size, noise),
                 )
             styled.set(*styles.get(active, (None, {})))
             branches = _branches(guidance, text, negative_text, styled=bool(active))
             model_input = scheduler.scale_model_input(latents, timestep)
-            predicted = unet(
-                model_input.expand(len(branches), -1, -1, -1),
-                timestep,
-                encoder_hidden_states=torch.cat([t.tokens for _, t in branches]),
-                added_cond_kwargs={
-                    "text_embeds": torch.cat([t.pooled for _, t in branches]),
-                    "time_ids": time_ids.expand(len(branches), -1),
-                },
-                return_dict=False,
-            )[0]
+            predicted = predict(
+                model_input.repeat(len(branches), 1, 1, 1), timestep, [t for _, t in branches]
+            )
             weights = predicted.new_tensor([weight for weight, _ in branches])
-            guided = (predicted * weights.view(-1, 1, 1, 1)).sum(0, keepdim=True)
-            latents = scheduler.step(guided, timestep, latents, return_dict=False, **extra)[0]
-            callback(step)
+            guided = (predicted.unflatten(0, (-1, num_rows)) * weights.view(-1, 1, 1, 1, 1)).sum(0)
+            result = scheduler.step(guided, timestep, latents, **step_options)
+            latents = result.prev_sample
+            seen = getattr(result, "pred_original_sample", None)
+            callback(step, latents if seen is None else seen)
     return latents
 
 
 def _branches(
-    guidance: GuidanceWeights, text: ImageText, negative_text: ImageText, *, styled: bool
-) -> list[tuple[float, ImageText]]:
+    guidance: GuidanceWeights, text: Any, negative_text: Any, *, styled: bool
+) -> list[tuple[float, Any]]:
     """Weights and prompts of the branches that are run; the styled one is the last."""
     negative, plain, full = guidance
     if not styled:  # no style at this step: the styled branch equals that of the text

@@ -77,3 +77,14 @@ class GuidanceWeights(NamedTuple):
         scales. Elsewhere `of` holds.
         """
         return cls.of(text_scale, style_scale if style_scale > 0 else text_scale)
+
+    @classmethod
+    def of_stylecrafter_video(cls, text_scale: float, style_scale: float) -> GuidanceWeights:
+        """Weights of StyleCrafter's video code, as `combine_guidance_video`.
+
+        At text scale 1 it runs the styled branch alone; without a style scale (0 or less here) it
+        has plain guidance, `of_stylecrafter`.
+        """
+        if text_scale == 1 or style_scale <= 0:
+            return cls.of_stylecrafter(text_scale, style_scale)
+        return cls.of(text_scale + 1, style_scale + 1)

@@ -37,6 +37,7 @@ from .state_dict import (
     strip_prefix,
     style_path_report,
 )
+from .videocrafter_parts import videocrafter_parts
 
 __all__ = [
     "AdapterSizes",
@@ -73,7 +74,10 @@ def convert(
 
     - the whole release: `<stem>_adapter.safetensors`, with `include_base` also
       `<stem>_base.safetensors`;
-    - a ControlNet, or StyleCrafter's adapter for SDXL: `<stem>.safetensors`;
+    - a ControlNet, StyleCrafter's adapter for SDXL or for VideoCrafter, or its temporal layers:
+      `<stem>.safetensors`;
+    - VideoCrafter's whole checkpoint: `<stem>_unet.safetensors`, `<stem>_vae.safetensors` and
+      `<stem>_text_encoder.safetensors`;
     - a style adapter: `<stem>_adapter.safetensors`, or `<stem>.safetensors` where the stem says so
       already.
 
@@ -127,11 +131,14 @@ def convert(
         jobs.append((source.stem, tensors, _controlnet_metadata(shapes, source)))
     elif kind == "stylecrafter_sdxl":
         jobs.append((source.stem, tensors, _stylecrafter_metadata(shapes, source)))
+    elif kind in ("stylecrafter_video", "stylecrafter_temporal", "videocrafter"):
+        jobs += videocrafter_parts(kind, tensors, source)
     else:
         raise WeightsError(
             f"{source} is {describe_kind(kind)}. Only the releases of StyleMaster "
-            "(stylemaster.ckpt, controlnet.ckpt) and of StyleCrafter for SDXL "
-            "(stylecrafter_sdxl.ckpt), or a style adapter, can be converted."
+            "(stylemaster.ckpt, controlnet.ckpt), of StyleCrafter (stylecrafter_sdxl.ckpt, "
+            "adapter_v1.pth, temporal_v1.pth) and of VideoCrafter (model.ckpt), or a style "
+            "adapter, can be converted."
         )
     targets = [out_dir / f"{stem}.safetensors" for stem, _, _ in jobs]
     # Before hashing and writing, so that a later clash leaves no first file behind.

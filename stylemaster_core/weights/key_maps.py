@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from ..errors import UnsupportedHostError, WeightsError
@@ -140,43 +139,6 @@ def vae_native_to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
     return convert_wan_vae_to_diffusers(dict(state_dict))
 
 
-def stylecrafter_video_to_sdxl(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the encoder of StyleCrafter's video release to that of its SDXL release.
-
-    Args:
-        state_dict: `image_context_model.*` and `scale_predictor.*` of adapter_v1.pth; other keys
-            are left out.
-
-    Returns:
-        The same tensors. The video release's scale predictor takes text and style as they are and
-        has no last projection; the unit matrices in their places change no number.
-
-    Raises:
-        WeightsError: if there is no scale predictor.
-    """
-    renamed: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
-        if key.startswith("image_context_model."):
-            renamed[key.replace(".style_emb", ".query_emb")] = value
-        elif key.startswith("scale_predictor.out."):
-            renamed[key.replace(".out.", ".out_proj.")] = value
-        elif key.startswith("scale_predictor."):
-            name = key.replace(".scale_emb", ".query_emb")
-            renamed[f"scale_predictor.{name}"] = value
-    queries = renamed.get("scale_predictor.scale_predictor.query_emb")
-    if queries is None:
-        raise WeightsError(
-            f"no 'scale_predictor.scale_emb' among {len(state_dict)} keys: this is not "
-            "StyleCrafter's video release; use adapter_v1.pth"
-        )
-    unit = torch.eye(queries.shape[-1], dtype=queries.dtype)
-    renamed["scale_predictor.scale_predictor.proj"] = unit
-    for name in ("text_proj", "style_proj"):
-        renamed[f"scale_predictor.{name}.weight"] = unit
-        renamed[f"scale_predictor.{name}.bias"] = torch.zeros_like(unit[0])
-    return renamed
-
-
 def open_clip_to_hf_vision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename open_clip's image tower to transformers' `CLIPVisionModelWithProjection`.
 
@@ -199,13 +161,6 @@ def open_clip_to_hf_vision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
         "ln_pre": "vision_model.pre_layrnorm",
         "ln_post": "vision_model.post_layernorm",
     }
-    layer_parts = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "attn.out_proj": "self_attn.out_proj",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
     what = "an open_clip image tower"
     result: dict[str, Tensor] = {}
     for full_key, value in state_dict.items():
@@ -223,18 +178,65 @@ def open_clip_to_hf_vision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor
             result[_rename(key, parts, what)] = value
         else:
             prefix = f"vision_model.encoder.layers.{layer.group(1)}."
-            fused = re.fullmatch(r"attn\.in_proj_(weight|bias)", layer.group(2))
-            if fused is None:
-                result[prefix + _rename(layer.group(2), layer_parts, what)] = value
-            else:
-                for name, third in zip("qkv", value.chunk(3), strict=True):
-                    result[f"{prefix}self_attn.{name}_proj.{fused.group(1)}"] = third.clone()
+            result |= _open_clip_layer(prefix, layer.group(2), value, what)
     if not result:
         raise WeightsError(
             "No key starts with 'visual.', so there is no open_clip image tower. Choose an "
             "open_clip checkpoint."
         )
     return result
+
+
+def open_clip_to_hf_text(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename open_clip's text tower to transformers' `CLIPTextModel`, but for its last layer.
+
+    What remains ends with the last layer but one and the final norm, as SD 2 reads its prompts.
+
+    Args:
+        state_dict: keys "transformer.resblocks.N.*" and the embeddings; `text_projection` and
+            `logit_scale` are left out.
+
+    Returns:
+        Keys "embeddings.*", "encoder.*" and "final_layer_norm.*".
+
+    Raises:
+        WeightsError: if a key has no rule.
+
+    Source: parameter names of open_clip and of transformers; deviation: none.
+    """
+    parts = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
+    what = "an open_clip text tower"
+    layers = [
+        (re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", key), key) for key in state_dict
+    ]
+    last = max((int(layer[1]) for layer, _ in layers if layer), default=0)
+    result: dict[str, Tensor] = {}
+    for layer, key in layers:
+        value = state_dict[key]
+        if key in ("text_projection", "logit_scale"):
+            continue
+        if key == "positional_embedding":
+            result["embeddings.position_embedding.weight"] = value
+        elif layer is None:
+            result[_rename(key, parts, what)] = value
+        elif int(layer[1]) < last:
+            result |= _open_clip_layer(f"encoder.layers.{layer[1]}.", layer[2], value, what)
+    return result
+
+
+def _open_clip_layer(prefix: str, rest: str, value: Tensor, what: str) -> dict[str, Tensor]:
+    parts = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    fused = re.fullmatch(r"attn\.in_proj_(weight|bias)", rest)
+    if fused is None:
+        return {prefix + _rename(rest, parts, what): value}
+    thirds = zip("qkv", value.chunk(3), strict=True)
+    return {f"{prefix}self_attn.{name}_proj.{fused[1]}": third.clone() for name, third in thirds}
 
 
 def umt5_native_to_hf(state_dict: Mapping[str, Value]) -> dict[str, Value]:

@@ -63,6 +63,11 @@ Kind = Literal[
     "stylecrafter_sdxl",
     "stylecrafter_wan",
     "stylecrafter_video",
+    "stylecrafter_temporal",
+    "videocrafter",
+    "videocrafter_unet",
+    "sd_vae",
+    "clip_text_open_clip",
     "unknown",
 ]
 
@@ -90,6 +95,14 @@ _DESCRIPTIONS: dict[Kind, str] = {
     "stylecrafter_wan": "a StyleCrafter adapter for Wan; put it into models/stylecrafter",
     "stylecrafter_video": "a StyleCrafter adapter for VideoCrafter; put it into "
     "models/stylecrafter",
+    "stylecrafter_temporal": "temporal layers of VideoCrafter, trained for StyleCrafter; put "
+    "them into models/stylecrafter",
+    "videocrafter": "the whole checkpoint of VideoCrafter; make files of its parts with "
+    "`stylemaster weights convert`",
+    "videocrafter_unet": "VideoCrafter's UNet; put it into models/diffusion_models",
+    "sd_vae": "Stable Diffusion's VAE; put it into models/vae",
+    "clip_text_open_clip": "CLIP's text encoder in open_clip's format; put it into "
+    "models/text_encoders",
     "unknown": "of a kind that StyleMaster does not know",
 }
 
@@ -298,7 +311,15 @@ def _style_or_host(keys: set[str]) -> Kind | None:
         return "style_adapter"
     if {"scale_shift_table", "blocks.0.attn1.to_q.weight"} <= keys:
         return "wan_diffusers"
-    return None
+    return _videocrafter(keys)
+
+
+def _videocrafter(keys: set[str]) -> Kind | None:
+    if "init_attn.0.proj_in.weight" not in keys:
+        return None
+    if "input_blocks.0.0.weight" not in keys:
+        return "stylecrafter_temporal"
+    return "videocrafter" if _any_starts(keys, ("first_stage_model.",)) else "videocrafter_unet"
 
 
 def _motion_adapter(keys: set[str]) -> Kind | None:
@@ -316,11 +337,15 @@ def _encoder_or_vae(keys: set[str]) -> Kind | None:
         return "wan_vae_diffusers"
     if {"patch_encoder.linear.weight", "patch_decoder.linear.weight"} <= keys:
         return "patch_vae"
+    if {"encoder.down.0.block.0.norm1.weight", "quant_conv.weight"} <= keys:
+        return "sd_vae"
     # A class token sets CLIP apart from SigLIP.
     if "vision_model.embeddings.class_embedding" in keys:
         return "clip_vision_hf"
     if {"visual.class_embedding", "visual.transformer.resblocks.0.ln_1.weight"} <= keys:
         return "clip_vision_open_clip"
+    if {"transformer.resblocks.0.ln_1.weight", "token_embedding.weight"} <= keys:
+        return "clip_text_open_clip"
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in keys:
         # UMT5 has position biases in every layer, T5 only in the first.
         bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"

@@ -32,7 +32,7 @@ from stylemaster_core.sampling.guidance import (
     combine_guidance,
     combine_guidance_video,
 )
-from stylemaster_core.weights.key_maps import stylecrafter_video_to_sdxl
+from stylemaster_core.weights.stylecrafter_video_keys import stylecrafter_video_to_sdxl
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "stylecrafter"
 

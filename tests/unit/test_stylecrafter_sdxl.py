@@ -151,9 +151,9 @@ def test_masks(pipe, converted, styles):
 def test_masks_at_every_resolution(pipe):
     region = StyleRegion(torch.ones(1, 2, 3), mask=torch.eye(8))
     like = torch.ones(1)
-    lengths = {length: len(m) for length, m in level_masks([region], (17, 12), like).items()}
+    lengths = {length: len(m) for length, m in level_masks([region], (1, 17, 12), like).items()}
     assert lengths == {204: 2, 54: 2, 15: 2, 6: 2}
-    assert not any(level_masks([StyleRegion(torch.ones(1, 2, 3))], (17, 12), like).values())
+    assert not any(level_masks([StyleRegion(torch.ones(1, 2, 3))], (1, 17, 12), like).values())
     assert pipe.unet.config.sample_size == 16
 
 
