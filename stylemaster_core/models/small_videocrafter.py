@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -90,8 +90,8 @@ def write_small_videocrafter(
 
 
 def _adapter(unet: VideoCrafterUNet) -> dict[str, Shape]:
-    layers = cross_attentions(unet)
-    widths = tuple(unet.get_submodule(layer).to_q.out_features for layer in layers)
+    layers: list[Any] = [unet.get_submodule(name) for name in cross_attentions(unet)]
+    widths = tuple(layer.to_q.out_features for layer in layers)
     encoder = StyleCrafterSizes(
         feature_width=CLIP_WIDTH,
         style_width=TEXT_WIDTH,

@@ -110,14 +110,18 @@ class VideoCrafterUNet(UNet2DConditionModel):
             sample, made = block(sample, emb, **(options if hasattr(block, "attentions") else {}))
             skips += made
         sample = self.mid_block(sample, emb, **options)
-        for block in self.up_blocks:
+        up_blocks: list[Any] = list(self.up_blocks)
+        for block in up_blocks:
             count = len(block.resnets)
             skips, taken = skips[:-count], skips[-count:]
             if hasattr(block, "attentions"):
                 sample = block(sample, taken, emb, **options)
             else:
                 sample = block(sample, taken, emb)
-        return self.conv_out(self.conv_act(self.conv_norm_out(sample)))
+        head: Any = (self.conv_norm_out, self.conv_act, self.conv_out)  # all of them are there
+        for layer in head:
+            sample = layer(sample)
+        return sample
 
     def _check(self, sample: Tensor, num_frames: int) -> None:
         step = 2 ** (len(self.down_blocks) - 1)
