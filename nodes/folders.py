@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from ..stylemaster_core.errors import ConfigError
 from ..stylemaster_core.pipelines.pictures import contact_sheet
-from .layouts import frames_to_image, image_to_frames
+from .layouts import frames_to_image, image_to_frames, sound_to_audio
 from .paths import find_inside, fingerprint
 from .sockets import schema
+
+logger = logging.getLogger("stylemaster")
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 NUM_RESULTS = 4
@@ -59,7 +62,7 @@ def video_of_folder(folder: str, index: int) -> Path:
 
 
 class FolderVideo(io.ComfyNode):
-    """A folder of the input folder and a number -> IMAGE."""
+    """A folder of the input folder and a number -> IMAGE, AUDIO."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -104,6 +107,10 @@ class FolderVideo(io.ComfyNode):
                 io.Image.Output(display_name="frames", tooltip="The frames."),
                 io.Float.Output(display_name="fps", tooltip="Frames a second."),
                 io.String.Output(display_name="name", tooltip="File name without its ending."),
+                io.Audio.Output(
+                    display_name="audio",
+                    tooltip="The sound that belongs to the frames; nothing without any.",
+                ),
             ],
         )
 
@@ -113,11 +120,26 @@ class FolderVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder: str, index: int, first_frame: int, max_frames: int) -> io.NodeOutput:
-        from ..stylemaster_core.data.videos import read_video
+        from ..stylemaster_core.data.sound import read_sound
+        from ..stylemaster_core.data.timing import steady_fps
+        from ..stylemaster_core.data.videos import probe_video, read_video
 
         path = video_of_folder(folder, index)
-        clip = read_video(path, start_frame=first_frame, max_frames=max_frames or None)
-        return io.NodeOutput(frames_to_image(clip.frames), float(clip.fps), path.stem)
+        times_s = probe_video(path).times_s
+        fps = None if times_s is None else steady_fps(times_s)
+        if fps is not None:
+            logger.warning("%s: its frame rate varies, resampled to %.5g", path.name, float(fps))
+        clip = read_video(path, start_frame=first_frame, max_frames=max_frames or None, fps=fps)
+        sound = None
+        if clip.audio_from is not None:
+            end_s = clip.start_s + clip.duration_s
+            sound = read_sound(clip.audio_from, start_s=clip.start_s, end_s=end_s)
+        return io.NodeOutput(
+            frames_to_image(clip.frames),
+            float(clip.fps),
+            path.stem,
+            None if sound is None else sound_to_audio(sound.samples, sound.sample_rate),
+        )
 
 
 def _some_frames(image: Tensor, what: str, count: int) -> list[np.ndarray]:

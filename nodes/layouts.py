@@ -49,6 +49,11 @@ def frames_to_image(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames)).float().div_(255)
 
 
+def sound_to_audio(samples: np.ndarray, sample_rate: int) -> dict[str, Any]:
+    """Sound float32 [channels, samples] to AUDIO."""
+    return {"waveform": torch.from_numpy(samples)[None], "sample_rate": sample_rate}
+
+
 def pictures_to_image(pictures: Sequence[np.ndarray]) -> Tensor:
     """Pictures uint8 [H, W, 3] of one size to IMAGE."""
     return frames_to_image(np.stack(pictures))

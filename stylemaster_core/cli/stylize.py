@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("output", type=Path, help=".mp4, .mov, .mkv or .webm; .png for an image")
     parser.add_argument("--task", choices=TASKS, help="default: follows from --video or --image")
-    parser.add_argument("--video", type=Path, help="video to restyle; its rate and audio are kept")
+    parser.add_argument("--video", type=Path, help="video to restyle; its times and audio are kept")
     parser.add_argument("--image", type=Path, help="image to restyle")
     parser.add_argument("--prompt", default="", help="what the result shows")
     parser.add_argument("--negative-prompt", default="")
@@ -82,6 +82,12 @@ def add_parser(subparsers: Any) -> None:
     )
     group.add_argument("--start-frame", type=int, default=0, help="of the input video")
     group.add_argument("--max-frames", type=int, help="of the input video")
+    group.add_argument(
+        "--fps",
+        type=float,
+        help="frames a second of the result; a given video is resampled in time, and --start-frame "
+        "and --max-frames count its new frames; default: as the video, text-to-video 16",
+    )
     group.add_argument("--window", type=int, default=81, help="frames per window of long videos")
     group.add_argument("--window-overlap", type=int, default=28, help="frames")
     group.add_argument("--batch-branches", action="store_true", help="faster, more memory")
@@ -94,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `stylemaster stylize`."""
     from tqdm import tqdm
 
-    from ..data.videos import VIDEO_CODECS, write_video
+    from ..data.videos import VIDEO_CODECS, as_fps, write_video
     from ..pipelines.stylize import needed_files, stylize
     from .style_options import open_styles, style_regions
 
@@ -105,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = {".png"} if task.endswith("image") else set(VIDEO_CODECS)
     if args.output.suffix.lower() not in wanted:
         raise ConfigError(f"{task} writes {', '.join(sorted(wanted))}; got {args.output.name!r}")
-    clip = _read_input(args, task)
+    fps = None if args.fps is None else as_fps(args.fps)
+    clip = _read_input(args, task, fps)
     config = _config(args, task, None if clip is None else clip.frames)
     _say(args, f"{task}: {args.output.name}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,7 +136,8 @@ def run(args: argparse.Namespace) -> int:
     write_video(
         args.output,
         result.frames,
-        fps=GENERATED_FPS if clip is None else clip.fps,
+        fps=(fps or GENERATED_FPS) if clip is None else clip.fps,
+        times_s=None if clip is None else clip.times_s,
         audio_from=None if clip is None else clip.audio_from,
         audio_start_s=0.0 if clip is None else clip.start_s,
         overwrite=args.overwrite,
@@ -172,14 +180,18 @@ def _task(args: argparse.Namespace) -> str:
     return implied
 
 
-def _read_input(args: argparse.Namespace, task: str) -> VideoClip | None:
+def _read_input(args: argparse.Namespace, task: str, fps: Fraction | None) -> VideoClip | None:
     from ..data.images import read_image
     from ..data.videos import VideoClip, read_video
 
     if args.video:
-        return read_video(args.video, start_frame=args.start_frame, max_frames=args.max_frames)
+        return read_video(
+            args.video, start_frame=args.start_frame, max_frames=args.max_frames, fps=fps
+        )
     if args.start_frame or args.max_frames:
         raise ConfigError("--start-frame and --max-frames belong to --video")
+    if fps is not None and task.endswith("image"):
+        raise ConfigError(f"{task} makes a single picture; leave --fps out")
     if args.image:
         return VideoClip(read_image(args.image)[None], GENERATED_FPS)
     return None

@@ -17,7 +17,8 @@ from .gray_tile import cover_resize_frames
 from .images import read_image
 from .samples import Sample
 from .still_videos import check_num_frames, still_clip
-from .videos import as_fps, iter_video, probe_video
+from .timing import Timing, as_fps, pick_at_rate
+from .videos import iter_video, probe_video
 
 Short = Literal["reject", "trim"]
 CHUNK_FRAMES = 16
@@ -76,7 +77,11 @@ def load_clip(sample: Sample, config: ClipConfig) -> Clip:
         return Clip(still_clip(small[0], sample.repeat), picture)
     info = probe_video(sample.media)
     num_frames = 1 if info.num_frames == 1 else config.num_frames
-    wanted = pick_frames(num_frames, info.fps, config.fps)
+    if info.times_s is None or config.fps is None:
+        wanted = pick_frames(num_frames, info.fps, config.fps)
+    else:
+        wanted = pick_at_rate(Timing(info.fps, info.times_s), info.num_frames, as_fps(config.fps))
+        wanted = wanted[:num_frames].tolist()
     size = choose_size((info.height, info.width), config.sizes)
     middle = min(num_frames, info.num_frames) // 2
     frames, picture = _read(sample.media, wanted, size, middle)

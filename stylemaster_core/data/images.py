@@ -20,6 +20,17 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CropMode = Literal["center", "pad", "squash"]
 # Scaling the short side up makes the long one this much longer: thinner images exhaust the memory.
 MAX_ASPECT = 50
+# Others, which Pillow opens by what is in a file, run programs (PostScript) or follow names.
+_PICTURE_FORMATS = (
+    *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM"),
+    *("TGA", "ICO", "QOI"),
+)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """`PIL.Image.open` for the formats that are meant, whatever else Pillow knows."""
+    Image.init()
+    return Image.open(path, formats=[name for name in _PICTURE_FORMATS if name in Image.OPEN])
 
 
 def check_image(image: np.ndarray) -> np.ndarray:
@@ -79,7 +90,7 @@ def read_image(path: str | Path) -> np.ndarray:
     if path.stat().st_size == 0:
         raise LayoutError(f"the image file {path} is empty (0 bytes); give another")
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return to_rgb(image)
     except UnidentifiedImageError as error:
         raise LayoutError(
