@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..queue.client import ComfyClient
     from ..queue.jobs import Job
-    from ..queue.progress import OnStep
+    from ..queue.listener import OnStep
     from ..queue.runner import JobResult
 
 logger = logging.getLogger("stylemaster")
@@ -69,7 +70,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for results and journal")
     parser.add_argument(
-        "--per-server", type=int, default=1, help="jobs at a server at a time; default: 1"
+        "--per-server",
+        type=int,
+        default=2,
+        help="jobs at a server at a time, one runs and the others wait there; default: 2",
     )
     parser.add_argument(
         "--timeout",
@@ -83,10 +87,17 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         default=600.0,
         metavar="S",
-        help="seconds for which a lost server is asked again; default: 600",
+        help="seconds for which a lost or sick server is asked again; default: 600",
     )
     parser.add_argument(
         "--attempts", type=int, default=3, help="how often a job may lose its server; default: 3"
+    )
+    parser.add_argument(
+        "--max-result",
+        type=float,
+        default=8.0,
+        metavar="GIB",
+        help="largest result file that is fetched, in GiB; default: 8",
     )
     parser.add_argument("--dry-run", action="store_true", help="only list the jobs")
     parser.add_argument("--json", action="store_true", help="a JSON line for each job, for scripts")
@@ -115,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
         give_up_s=args.give_up,
         max_attempts=args.attempts,
     )
-    clients = [ComfyClient(url, config.timeout_s) for url in args.servers]
+    max_bytes = int(args.max_result * (1 << 30))
+    clients = [ComfyClient(url, config.timeout_s, max_bytes) for url in args.servers]
     if len({client.url for client in clients}) < len(clients):
         raise ConfigError("--server names the same server twice; see --per-server instead.")
     jobs = _jobs(args)
@@ -141,8 +153,7 @@ def _run(
     with (
         tqdm(total=len(jobs), initial=earlier, unit="job", disable=None) as bar,
         logging_redirect_tqdm([logger if logger.handlers else logging.root]),
-        _steps(clients, bar),
-        closing(run_jobs(jobs, clients, journal, args.out, config)) as results,
+        closing(run_jobs(jobs, clients, journal, args.out, config, _step_shower(bar))) as results,
     ):
         try:
             for result in results:
@@ -161,9 +172,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("Name a ComfyUI server with --server, such as http://127.0.0.1:8188.")
     if args.csv and args.prompts:
         raise ConfigError("Give --csv or --prompts, not both; a table has a column prompt.")
-    for option in ("per_server", "timeout", "give_up", "attempts"):
-        if getattr(args, option) <= 0:
-            raise ConfigError(f"--{option.replace('_', '-')} must be more than 0.")
+    for option in ("per_server", "timeout", "give_up", "attempts", "max_result"):
+        if not 0 < getattr(args, option) < math.inf:
+            raise ConfigError(f"--{option.replace('_', '-')} must be a number above 0.")
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
@@ -231,30 +242,15 @@ def _result_line(result: JobResult, as_json: bool) -> str:
     return f"done: {', '.join(result.files)} ({result.seconds:.0f} s, {result.server})"
 
 
-@contextmanager
-def _steps(clients: list[ComfyClient], bar: Any) -> Iterator[None]:
+def _step_shower(bar: Any) -> OnStep | None:
     """Show each server's current step beside the bar."""
-    from ..queue.progress import StepListener, can_listen
-
     steps: dict[str, str] = {}
 
     def show(url: str, step: int, total: int) -> None:
         steps[url] = f"{url.partition('://')[2]} {step}/{total}"
         bar.set_postfix_str(", ".join(steps.values()))
 
-    listeners: list[StepListener] = []
-    if bar.disable:
-        pass
-    elif can_listen():
-        on_step: OnStep = show
-        listeners = [StepListener(client.url, client.client_id, on_step) for client in clients]
-    else:
-        logger.info("Steps within a job are shown only with aiohttp (pip install aiohttp).")
-    try:
-        yield
-    finally:
-        for listener in listeners:
-            listener.close()
+    return None if bar.disable else show
 
 
 def _say(text: str) -> None:

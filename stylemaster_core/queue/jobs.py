@@ -51,14 +51,17 @@ class Job:
     Attributes:
         id: hash of the workflow, the content of the input files and all settings.
         name: first part of the results' file names.
-        workflow: with every value set; files are named as they are asked to be uploaded.
-        uploads: the inputs that hold an uploaded file.
+        workflow: with every value set; files are named as they are asked to be uploaded. The
+            jobs of a batch share the nodes that are alike in all of them.
+        targets: the inputs that were set.
+        uploads: those that hold an uploaded file.
         values: what was set, "NODE.input" -> value, paths as given; for people to read.
     """
 
     id: str
     name: str
     workflow: Workflow
+    targets: tuple[Target, ...]
     uploads: Mapping[Target, InputFile]
     values: Mapping[str, Any]
 
@@ -68,10 +71,9 @@ class Job:
         Args:
             names: upload name -> what that server calls the file.
         """
-        workflow = copy.deepcopy(self.workflow)
-        for target, file in self.uploads.items():
-            workflow[target.node]["inputs"][target.input] = names[file.upload_name]
-        return workflow
+        return _with(
+            self.workflow, {target: names[f.upload_name] for target, f in self.uploads.items()}
+        )
 
 
 def cross_product(
@@ -202,19 +204,26 @@ def _make_job(
             values[roles[role]] = str(path)
     if row.prompt is not None:
         values[roles["prompt"]] = row.prompt
-    workflow = copy.deepcopy(base)
-    for target, value in values.items():
-        file = uploads.get(target)
-        workflow[target.node]["inputs"][target.input] = (
-            f"{UPLOAD_FOLDER}/{file.upload_name}" if file else value
-        )
+    names = {t: f"{UPLOAD_FOLDER}/{file.upload_name}" for t, file in uploads.items()}
+    workflow = _with(base, values | names)
     return Job(
         id=_hash_of(workflow),
         name=_name_of(row) or _name_part(default_name),
         workflow=workflow,
+        targets=tuple(values),
         uploads=uploads,
         values={str(target): value for target, value in values.items()},
     )
+
+
+def _with(workflow: Workflow, values: Mapping[Target, Any]) -> Workflow:
+    """Return a workflow with inputs set; only the nodes that change are copied."""
+    changed = dict(workflow)
+    for (node, name), value in values.items():
+        if changed[node] is workflow[node]:
+            changed[node] = {**workflow[node], "inputs": dict(workflow[node]["inputs"])}
+        changed[node]["inputs"][name] = value
+    return changed
 
 
 def _hash_of(workflow: Workflow) -> str:

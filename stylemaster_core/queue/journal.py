@@ -15,12 +15,17 @@ from ..data.jsonl import read_jsonl
 from ..errors import ConfigError
 from ..file_names import check_name
 
+# What a rerun needs; the rest is for people to read.
+_KEPT = ("event", "job", "server", "prompt_id", "files", "hashes")
+_Files = dict[str, str | None]
+
 
 class Journal:
     """Append-only record of what became of every job; safe to use from several threads.
 
-    Events: `submitted` (server, prompt_id), `lost`, `cancelled`, `delivering` (files), `done`
-    (files), `failed` (error). Only one process at a time holds a folder's journal.
+    Events: `submitted` (server, prompt_id), `lost` (server, error), `returned` (server, error),
+    `cancelled`, `delivering` (server, prompt_id, files, hashes), `done` (files), `failed` (error).
+    Only one process at a time holds a folder's journal.
 
     Args:
         folder: where results go; made if missing.
@@ -54,25 +59,33 @@ class Journal:
         with self._mutex:
             return self._last.get(job_id, {})
 
-    def own_files(self, job_id: str) -> set[str]:
-        """Return the names of result files that belong to a job."""
+    def own_files(self, job_id: str) -> dict[str, str | None]:
+        """Return the result files that belong to a job, name -> SHA-256 where it was noted."""
         with self._mutex:
-            return set(self._files.get(job_id, ()))
+            return dict(self._files.get(job_id, {}))
 
     def write(self, event: str, job_id: str, **fields: Any) -> None:
-        """Append a record; it is on the disk when this returns."""
+        """Append a record, which a kill cannot take back.
+
+        "delivering" is on the disk when this returns: a result whose name the journal does not
+        know would be delivered once more. What else a power cut takes only costs a look or a run.
+        """
         record = {"event": event, "job": job_id, **fields}
         record["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         with self._mutex:
             self._stream.write(json.dumps(record).encode() + b"\n")
             self._stream.flush()
-            os.fsync(self._stream.fileno())
             _remember(record, self._last, self._files)
+        if event == "delivering":
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Close the file and let another run use the folder."""
-        self._stream.close()
-        self._file_lock.release()
+        """Close the file, all of it on the disk, and let another run use the folder."""
+        try:
+            os.fsync(self._stream.fileno())
+        finally:
+            self._stream.close()
+            self._file_lock.release()
 
 
 def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
@@ -84,9 +97,9 @@ def read_journal(folder: Path) -> dict[str, dict[str, Any]]:
     return _read(folder / "queue.jsonl")[0]
 
 
-def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, set[str]]]:
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, _Files]]:
     last: dict[str, dict[str, Any]] = {}
-    files: dict[str, set[str]] = {}
+    files: dict[str, _Files] = {}
     for record in read_jsonl(path, _problem, missing_ok=True):
         _remember(record, last, files)
     return last, files
@@ -94,15 +107,24 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, set[str]]]:
 
 def _problem(record: dict[str, Any]) -> str | None:
     names = record.get("files", [])
+    hashes = record.get("hashes", [])
     if not all(isinstance(record.get(key), str) for key in ("job", "event")):
         return "not a record of this journal"
+    if not isinstance(record.get("prompt_id", ""), str):
+        return "its prompt_id is no text"
     if not isinstance(names, list) or not all(len(check_name(name)) == 1 for name in names):
         return "its files are not names of this folder"
+    if not isinstance(hashes, list) or len(hashes) not in (0, len(names)):
+        return "its hashes are not those of its files"
     return None
 
 
 def _remember(
-    record: dict[str, Any], last: dict[str, dict[str, Any]], files: dict[str, set[str]]
+    record: dict[str, Any], last: dict[str, dict[str, Any]], files: dict[str, _Files]
 ) -> None:
-    last[record["job"]] = record
-    files.setdefault(record["job"], set()).update(record.get("files", ()))
+    job_id = record["job"]
+    last[job_id] = {key: record[key] for key in _KEPT if key in record}
+    if names := record.get("files"):
+        own = files.setdefault(job_id, {})
+        hashes = record.get("hashes") or [own.get(name) for name in names]
+        own.update(zip(names, hashes, strict=True))

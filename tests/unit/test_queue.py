@@ -2,186 +2,23 @@
 
 import argparse
 import asyncio
+import itertools
 import json
-import queue
 import re
 import threading
 import time
-import urllib.parse
-from collections import Counter
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from aiohttp import web
 
 from stylemaster_core.cli import queue as queue_cli
 from stylemaster_core.errors import ConfigError, StyleMasterError
 from stylemaster_core.queue.client import ComfyClient
 from stylemaster_core.queue.journal import Journal, read_journal
-from stylemaster_core.queue.progress import StepListener
+from stylemaster_core.queue.listener import Listener
 from stylemaster_core.queue.runner import RunConfig, run_jobs
-
-WORKFLOW = {
-    "1": {"class_type": "LoadImage", "inputs": {"image": "own.png"}},
-    "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "own", "clip": ["9", 0]}},
-    "3": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x"}},
-}
-
-
-class FakeComfy:
-    """A ComfyUI on loopback; its prompts take `job_s` seconds, one after the other."""
-
-    def __init__(self, job_s=0.0):
-        self.job_s = job_s
-        self.mutex = threading.RLock()
-        self.inputs = {}  # path -> content
-        self.uploads = Counter()
-        self.finished = []  # texts of the prompts that were carried out
-        self.views = Counter()
-        self.posts = []
-        self.interrupted = []
-        self.own_ids = False  # choose prompt ids itself, as old servers do
-        self.drop = {}  # "POST /prompt" -> how often to break off after having done it
-        self.die_in_view = False
-        self.reject = {}  # text of a prompt -> body of the 400
-        self.fail = {}  # text of a prompt -> messages of its status
-        self.no_files = False
-        self.max_upload_bytes = 1000
-        self.port = 0
-        self.restart()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
-
-    def restart(self):
-        """Start with an empty queue and history; the input folder is still there."""
-        self.queue, self.history, self.started = [], {}, None
-        self.is_up = True
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_GET(self):
-                fake.handle(self, "GET")
-
-            def do_POST(self):
-                fake.handle(self, "POST")
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
-        self.port = self.http.server_address[1]
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def die(self):
-        self.is_up = False
-        self.http.server_close()
-        threading.Thread(target=self.http.shutdown).start()
-
-    def advance(self):
-        """Carry out what had the time for it."""
-        while self.queue:
-            _, prompt_id, prompt, _, _ = item = self.queue[0]
-            self.started = self.started or time.monotonic()
-            if time.monotonic() < self.started + self.job_s:
-                return
-            self.end(item, self.fail.get(prompt["2"]["inputs"]["text"]))
-
-    def end(self, item, messages=None):
-        _, prompt_id, prompt, _, _ = item
-        self.queue.remove(item)
-        self.started = None
-        outputs = {}
-        if not messages:
-            self.finished.append(prompt["2"]["inputs"]["text"])
-            image = {"filename": f"{prompt_id}.png", "subfolder": "", "type": "output"}
-            preview = image | {"filename": "preview.png", "type": "temp"}
-            outputs = {"3": {"images": [image]}, "4": {"images": [preview], "text": ["hello"]}}
-        self.history[prompt_id] = {
-            "prompt": item,
-            "outputs": {} if self.no_files else outputs,
-            "status": {"status_str": "error" if messages else "success", "messages": messages},
-        }
-
-    def handle(self, request, method):
-        url = urllib.parse.urlsplit(request.path)
-        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
-        with self.mutex:
-            if not self.is_up:
-                return
-            self.advance()
-            if method == "POST":
-                self.posts.append(url.path)
-            code, answer = self.answer(method, url, body)
-            key = f"{method} {url.path}"
-            if self.drop.get(key, 0) > 0:
-                self.drop[key] -= 1
-                return  # the connection ends without an answer
-        if isinstance(answer, dict):
-            answer = json.dumps(answer).encode()
-        request.send_response(code)
-        request.send_header("Content-Length", str(len(answer)))
-        request.end_headers()
-        if self.die_in_view and url.path == "/view":
-            request.wfile.write(answer[:3])
-            self.die()
-        else:
-            request.wfile.write(answer)
-
-    def answer(self, method, url, body):
-        if url.path == "/features":
-            return 200, {"max_upload_size": self.max_upload_bytes}
-        if url.path == "/queue" and method == "GET":
-            return 200, {"queue_running": self.queue[:1], "queue_pending": self.queue[1:]}
-        if url.path == "/queue":
-            ids = json.loads(body)["delete"]
-            self.queue[1:] = [item for item in self.queue[1:] if item[1] not in ids]
-            return 200, b""
-        if url.path == "/interrupt":
-            assert self.queue[0][1] == json.loads(body)["prompt_id"]
-            self.interrupted.append(self.queue[0][2]["2"]["inputs"]["text"])
-            self.end(self.queue[0], [["execution_interrupted", {"node_id": "3"}]])
-            return 200, b""
-        if url.path.startswith("/history/"):
-            prompt_id = url.path.rpartition("/")[2]
-            return 200, {k: v for k, v in self.history.items() if k == prompt_id}
-        if url.path == "/prompt":
-            return self.post_prompt(json.loads(body))
-        if url.path == "/upload/image":
-            return self.post_upload(body)
-        if url.path == "/view":
-            query = dict(urllib.parse.parse_qsl(url.query))
-            assert query["type"] == "output"
-            prompt = self.history[query["filename"].removesuffix(".png")]["prompt"][2]
-            self.views[prompt["2"]["inputs"]["text"]] += 1
-            style = self.inputs.get(prompt["1"]["inputs"]["image"], b"own")
-            return 200, prompt["2"]["inputs"]["text"].encode() + b"|" + style
-        return 404, b"no such page"
-
-    def post_prompt(self, body):
-        text = body["prompt"]["2"]["inputs"]["text"]
-        if text in self.reject:
-            return 400, self.reject[text]
-        prompt_id = f"server-{len(self.posts)}" if self.own_ids else body["prompt_id"]
-        self.queue.append([0, prompt_id, body["prompt"], {"client_id": body["client_id"]}, []])
-        return 200, {"prompt_id": prompt_id, "node_errors": {}}
-
-    def post_upload(self, body):
-        fields = {
-            re.search(rb'name="(\w+)"', part)[1].decode(): part
-            for part in body.split(b"\r\n--" + body[2:34])
-            if b"name=" in part
-        }
-        name = re.search(rb'filename="(.+?)"', fields["image"])[1].decode()
-        content = fields["image"].partition(b"\r\n\r\n")[2]
-        folder = fields["subfolder"].partition(b"\r\n\r\n")[2].decode()
-        assert fields["overwrite"].endswith(b"false")
-        if self.inputs.setdefault(f"{folder}/{name}", content) != content:
-            name = name.replace(".", " (1).")
-            self.inputs[f"{folder}/{name}"] = content
-        self.uploads[name] += 1
-        return 200, {"name": name, "subfolder": folder, "type": "input"}
+from tests.fake_comfy import WORKFLOW, FakeComfy
 
 
 @pytest.fixture
@@ -363,8 +200,8 @@ def test_a_lost_answer_does_not_make_a_job_run_twice(fakes, batch, request_name)
     fake = fakes(job_s=0.05)
     connect = ComfyClient.probe
 
-    def probe(self):
-        connect(self)
+    async def probe(self):
+        await connect(self)
         fake.drop = {request_name: 1}
 
     with pytest.MonkeyPatch.context() as patch:
@@ -569,19 +406,23 @@ def test_a_stopped_run_cancels_only_its_own(fakes, batch, tmp_path, monkeypatch)
 def test_a_stop_interrupts_nobody_else(fakes, batch, monkeypatch):
     """Ours ended between the two looks at the queue, and somebody else's prompt runs now."""
     fake = fakes(job_s=60)
-    client = ComfyClient(fake.url, 1.0)
+    client = ComfyClient(fake.url, 5.0)
     fake.post_prompt({"prompt": WORKFLOW, "client_id": client.client_id, "prompt_id": "ours"})
     fake.post_prompt({"prompt": WORKFLOW, "client_id": "somebody", "prompt_id": "theirs"})
     look = ComfyClient._queue
 
-    def look_and_end(self):
-        items = look(self)
+    async def look_and_end(self):
+        items = await look(self)
         if fake.queue[0][1] == "ours":
             fake.end(fake.queue[0])
         return items
 
+    async def cancel():
+        await client.cancel({"ours"})
+        await client.close()
+
     monkeypatch.setattr(ComfyClient, "_queue", look_and_end)
-    client.cancel({"ours"})
+    asyncio.run(cancel())
     assert fake.interrupted == []
     assert [item[1] for item in fake.queue] == ["theirs"]
 
@@ -646,7 +487,7 @@ def test_a_full_disk_ends_the_run(fakes, batch, monkeypatch):
         raise OSError(28, "No space left on device")
 
     fake = fakes(job_s=0.05)
-    monkeypatch.setattr("stylemaster_core.queue.runner.os.replace", full)
+    monkeypatch.setattr("stylemaster_core.queue.board.os.link", full)
     with pytest.raises(OSError, match="No space left"):
         batch(fake)
 
@@ -667,39 +508,59 @@ def test_closing_early_ends_the_threads(fakes, tmp_path):
     assert len(fake.finished) < 6
 
 
-def test_steps_come_from_the_websocket():
-    web = pytest.importorskip("aiohttp.web", reason="steps are shown only with aiohttp")
+def test_steps_and_ends_come_from_the_websocket():
+    strange = [
+        "null",
+        "[]",
+        "{",
+        "7",
+        '{"type": null}',
+        '{"type": "executing"}',
+        '{"type": "progress"}',
+    ]
+    strange += [
+        json.dumps({"type": kind, "data": data})
+        for kind, data in itertools.product(
+            ("progress", "executing"), (None, [], "x", 1e400, {"value": None}, {"node": 7})
+        )
+    ]
 
     async def connect(request):
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         data = {"value": 2, "max": 5, "client": request.query["clientId"]}
         await socket.send_bytes(b"a preview")
+        for text in strange:
+            await socket.send_str(text)
         await socket.send_json({"type": "status", "data": {}})
         await socket.send_json({"type": "progress", "data": data})
+        await socket.send_json({"type": "executing", "data": {"node": "3", "prompt_id": "mine"}})
+        await socket.send_json({"type": "executing", "data": {"node": None, "prompt_id": "mine"}})
         await socket.receive()  # until the listener disconnects
         return socket
 
-    async def serve(ready):
+    async def listen():
+        stop, steps = asyncio.Event(), []
         app = web.Application()
         app.router.add_get("/ws", connect)
-        runner = web.AppRunner(app)
+        runner = web.AppRunner(app, shutdown_timeout=1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        ready(runner.addresses[0][1])
-        await stop.wait()
-        await runner.cleanup()
+        client = ComfyClient(f"http://127.0.0.1:{runner.addresses[0][1]}", 5.0)
+        ends = []
 
-    loop, stop, steps = asyncio.new_event_loop(), asyncio.Event(), queue.Queue()
-    ports = queue.Queue()
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(ports.put),))
-    thread.start()
-    url = f"http://127.0.0.1:{ports.get(timeout=5)}"
-    listener = StepListener(url, "me", lambda *step: steps.put(step))
-    try:
-        assert steps.get(timeout=5) == (url, 2, 5)
-    finally:
-        listener.close()
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=10)
-    loop.close()
+        def on_end(prompt_id):
+            ends.append(prompt_id)
+            stop.set()
+
+        listener = Listener(client, on_end, lambda: None, lambda *step: steps.append(step))
+        listening = asyncio.ensure_future(listener.run())
+        await asyncio.wait_for(stop.wait(), 10)
+        listening.cancel()
+        await client.close()
+        await runner.cleanup()
+        return client, steps, ends
+
+    client, steps, ends = asyncio.run(listen())
+    assert steps == [(client.url, 2, 5)]
+    assert ends == ["mine"]

@@ -229,7 +229,7 @@ def test_the_journal_survives_a_crash_within_a_record(tmp_path):
     last = read_journal(tmp_path)
     assert {job: record["event"] for job, record in last.items()} == {"j1": "done", "j2": "failed"}
     journal = Journal(tmp_path)
-    assert journal.own_files("j1") == {"a.png"}
+    assert journal.own_files("j1") == {"a.png": None}
     journal.close()
 
 
