@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import queue
 import re
 import threading
 import time
@@ -155,7 +156,7 @@ def test_a_server_that_dies_while_it_sends_a_result(fakes, batch):
 
 def test_a_server_that_hangs_is_lost_and_what_it_still_does_is_not_taken(fakes, batch):
     """Silent, not dead: it comes back with our prompt running, and that one is interrupted."""
-    one, two = fakes(job_s=0.4), fakes(job_s=1)
+    one, two = fakes(job_s=0.4), fakes(job_s=2)
 
     def hang():
         with two.mutex:
