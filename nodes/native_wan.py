@@ -48,7 +48,8 @@ class NativeWanHost:
         positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
         return embed(positions.reshape(1, -1, 3)).movedim(1, 2)
 
-    def prepare_text(self, block: nn.Module, text_tokens: Tensor) -> Tensor:
+    def prepare_text(self, block: nn.Module, text_tokens: Tensor, padding: int) -> Tensor:
+        assert padding == 1  # ComfyUI's attention takes no bias
         return text_tokens
 
     def run_block(

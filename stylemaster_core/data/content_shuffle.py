@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..errors import ConfigError
 from .images import check_aspect
@@ -47,47 +52,64 @@ def _resize_short_side(image: np.ndarray) -> np.ndarray:
     scale = RESOLUTION_PX / min(height, width)
     new_height, new_width = (int(np.round(side * scale / 64)) * 64 for side in (height, width))
     if scale > 1:
-        weights = _lanczos4_weights
+        taps = _lanczos4_taps
     elif new_height <= height and new_width <= width:
-        weights = _area_weights
+        taps = _area_taps
     else:
-        weights = _area_enlarge_weights
-    rows, columns = weights(height, new_height), weights(width, new_width)
-    resized = np.einsum("ah,hwc->awc", rows, image.astype(np.float32), optimize=True)
-    resized = np.einsum("bw,awc->abc", columns, resized, optimize=True)
-    return np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+        taps = _area_enlarge_taps
+    if (new_height, new_width) == (height, width):
+        return image
+    resized = torch.from_numpy(image).float()
+    if new_height != height:
+        resized = _resample(taps(height, new_height), resized, 0)
+    if new_width != width:
+        resized = _resample(taps(width, new_width), resized, 1)
+    return resized.round_().clamp_(0, 255).byte().numpy()
 
 
 def _smooth_noise(generator: np.random.RandomState, height: int, width: int) -> np.ndarray:
     """Draw [height, width] noise in 0..1 that changes over about GRID_PX pixels."""
     grid = generator.uniform(0, 1, (height // GRID_PX + 2, width // GRID_PX + 2))
-    rows = _cubic_weights(grid.shape[0], height + 2 * GRID_PX)[GRID_PX : GRID_PX + height]
-    columns = _cubic_weights(grid.shape[1], width + 2 * GRID_PX)[GRID_PX : GRID_PX + width]
-    noise = rows @ grid @ columns.T
+    noise = torch.from_numpy(grid)
+    for axis, size in enumerate((height, width)):
+        taps = _cubic_taps(grid.shape[axis], size + 2 * GRID_PX)
+        noise = _resample(taps.cut(GRID_PX, size), noise, axis)
     noise -= noise.min()
-    return noise / noise.max()
+    return (noise / noise.max()).numpy()
 
 
 def _sample_bilinear(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Read `image` at the pixel coordinates x, y [H, W], all of them inside the image."""
-    left, top = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
-    right = np.minimum(left + 1, image.shape[1] - 1)
-    bottom = np.minimum(top + 1, image.shape[0] - 1)
-    across, down = (x - left)[..., None], (y - top)[..., None]
-    upper = image[top, left] * (1 - across) + image[top, right] * across
-    lower = image[bottom, left] * (1 - across) + image[bottom, right] * across
-    return np.clip(np.rint(upper * (1 - down) + lower * down), 0, 255).astype(np.uint8)
+    height, width, _ = image.shape
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    grid = np.stack([x * (2 / (width - 1)) - 1, y * (2 / (height - 1)) - 1], axis=-1)
+    found = F.grid_sample(pixels, torch.from_numpy(grid)[None], align_corners=True)
+    return found[0].round_().byte().permute(1, 2, 0).contiguous().numpy()
 
 
-def _scatter(taps: np.ndarray, first: np.ndarray, size: int) -> np.ndarray:
-    """Spread taps [out, n] that begin at input `first` [out] over a matrix [out, size].
+class _Taps(NamedTuple):
+    """What each output takes of the inputs: `weights` [out, n] of those from `first` [out] on."""
 
-    Taps beyond the border count for the border pixel.
-    """
-    matrix = np.zeros((len(taps), size))
-    columns = np.clip(first[:, None] + np.arange(taps.shape[1]), 0, size - 1)
-    np.add.at(matrix, (np.arange(len(taps))[:, None], columns), taps)
-    return matrix
+    weights: np.ndarray
+    first: np.ndarray
+
+    def cut(self, start: int, length: int) -> _Taps:
+        return _Taps(*(part[start : start + length] for part in self))
+
+
+def _resample(taps: _Taps, x: Tensor, axis: int) -> Tensor:
+    """Weighted sums along an axis, in the dtype of `x`; taps beyond the border count for it."""
+    total: Tensor | None = None
+    for i, weights in enumerate(torch.from_numpy(taps.weights).to(x.dtype).unbind(1)):
+        index = torch.from_numpy(np.clip(taps.first + i, 0, x.shape[axis] - 1))
+        shape = [-1 if d == axis else 1 for d in range(x.ndim)]
+        part = x.index_select(axis, index)
+        if total is None:
+            total = part.mul_(weights.view(shape))
+        else:
+            total.addcmul_(part, weights.view(shape))
+    assert total is not None
+    return total
 
 
 def _centres(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,34 +119,35 @@ def _centres(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray]:
     return pixel, position - pixel
 
 
-def _lanczos4_weights(size: int, new_size: int) -> np.ndarray:
+def _lanczos4_taps(size: int, new_size: int) -> _Taps:
     pixel, fraction = _centres(size, new_size)
     distance = fraction[:, None] - np.arange(-3, 5)
     taps = np.sinc(distance) * np.sinc(distance / 4)
-    return _scatter(taps / taps.sum(1, keepdims=True), pixel - 3, size)
+    return _Taps(taps / taps.sum(1, keepdims=True), pixel - 3)
 
 
-def _cubic_weights(size: int, new_size: int) -> np.ndarray:
+def _cubic_taps(size: int, new_size: int) -> _Taps:
     pixel, fraction = _centres(size, new_size)
     distance = np.abs(fraction[:, None] - np.arange(-1, 3))
     a = -0.75
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
-    return _scatter(np.where(distance <= 1, near, far), pixel - 1, size)
+    return _Taps(np.where(distance <= 1, near, far), pixel - 1)
 
 
-def _area_weights(size: int, new_size: int) -> np.ndarray:
-    """Weights of the overlap of each output pixel with each input pixel; new_size <= size."""
+def _area_taps(size: int, new_size: int) -> _Taps:
+    """Weights of the overlap of each output pixel with the input pixels; new_size <= size."""
     edges = np.linspace(0, size, new_size + 1)
-    inputs = np.arange(size)
+    first = edges[:-1].astype(np.int64)
+    inputs = first[:, None] + np.arange(int(np.ceil(size / new_size)) + 1)
     overlap = np.minimum(edges[1:, None], inputs + 1) - np.maximum(edges[:-1, None], inputs)
-    return np.maximum(overlap, 0) * (new_size / size)
+    return _Taps(np.maximum(overlap, 0) * (new_size / size), first)
 
 
-def _area_enlarge_weights(size: int, new_size: int) -> np.ndarray:
+def _area_enlarge_taps(size: int, new_size: int) -> _Taps:
     """The area rule where one side grows: a blend only in the pixels that straddle an input."""
     outputs = np.arange(new_size)
     # Integer arithmetic: floats would put outputs that begin exactly on an input one too low.
     pixel = outputs * size // new_size
     fraction = np.maximum((outputs + 1) - (pixel + 1) * (new_size / size), 0) % 1
-    return _scatter(np.stack([1 - fraction, fraction], 1), pixel, size)
+    return _Taps(np.stack([1 - fraction, fraction], 1), pixel)

@@ -17,6 +17,8 @@ BILINEAR = Image.Resampling.BILINEAR
 
 def cover_resize(image: Image.Image, height: int, width: int) -> Image.Image:
     """Scale an image until it covers [height, width], then cut the centre out."""
+    if image.size == (width, height):
+        return image
     scale = max(width / image.width, height / image.height)
     # Python's round() goes to the even neighbour, as the release's does: keep it.
     size = (round(image.width * scale), round(image.height * scale))
@@ -46,7 +48,7 @@ def gray_tile(frames: np.ndarray, height: int, width: int, *, factor: int = 8) -
         factor: how much smaller the tile is; the released weights know 8.
 
     Returns:
-        float32 [3, T, height, width] in -1..1, the three channels equal.
+        float32 [3, T, height, width] in -1..1; the three channels are one, which they share.
 
     Raises:
         LayoutError: if `frames` is not uint8 [T, H, W, 3] or is empty.
@@ -68,4 +70,4 @@ def gray_tile(frames: np.ndarray, height: int, width: int, *, factor: int = 8) -
         image = image.resize((width // factor, height // factor), BILINEAR)
         tile[index] = np.asarray(image.resize((width, height), BILINEAR).convert("L"))
     gray = torch.from_numpy(tile).float().div_(255).sub_(0.5).div_(0.5)
-    return gray.expand(3, -1, -1, -1).contiguous()
+    return gray.expand(3, -1, -1, -1)

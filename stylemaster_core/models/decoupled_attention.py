@@ -121,12 +121,16 @@ def _rows(x: Tensor, samples: Sequence[int]) -> Tensor:
     return x if x.shape[0] == 1 else x[list(samples)]
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:
-    """Multi-head attention without a mask: [B, L, D] x [B, S, D] -> [B, L, D]."""
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, num_heads: int, bias: Tensor | None = None
+) -> Tensor:
+    """Multi-head attention, [B, L, D] x [B, S, D] -> [B, L, D]; logits get the `bias` [S]."""
     query, keys, values = (
         rearrange(x, "b l (n d) -> b n l d", n=num_heads) for x in (query, keys, values)
     )
-    return rearrange(F.scaled_dot_product_attention(query, keys, values), "b n l d -> b l (n d)")
+    mask = None if bias is None else bias[None]
+    attended = F.scaled_dot_product_attention(query, keys, values, mask)
+    return rearrange(attended, "b n l d -> b l (n d)")
 
 
 def style_residual(query: Tensor, style: BlockStyle, num_heads: int) -> Tensor:

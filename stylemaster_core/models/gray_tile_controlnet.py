@@ -35,8 +35,8 @@ class WanHost(Protocol):
         """Rotary embedding of a token grid, in the form that the host's blocks take."""
         ...
 
-    def prepare_text(self, block: nn.Module, text_tokens: Tensor) -> Any:
-        """What the host's block needs of the embedded text."""
+    def prepare_text(self, block: nn.Module, text_tokens: Tensor, padding: int) -> Any:
+        """What the host's block needs of the embedded text; see `merge_padding` for `padding`."""
         ...
 
     def run_block(
@@ -91,8 +91,10 @@ class GrayTileControlNet(nn.Module):
             operations.Conv1d(width, width, 1) for _ in range(num_blocks)
         )
 
-    def prepare_text(self, text: Tensor, dtype: torch.dtype | None = None) -> ControlText:
-        """Embed text features [B, L, Dt] once per generation."""
+    def prepare_text(
+        self, text: Tensor, dtype: torch.dtype | None = None, padding: int = 1
+    ) -> ControlText:
+        """Embed text [B, L, Dt] once per generation; its last row counts `padding` times."""
         first = cast(nn.Linear, self.text_embedding[0])
         width = first.in_features
         if text.ndim != 3 or text.shape[-1] != width:
@@ -101,7 +103,9 @@ class GrayTileControlNet(nn.Module):
                 f"{list(text.shape)}"
             )
         tokens = self.text_embedding(text.to(dtype or first.weight.dtype))
-        per_block = [self.host.prepare_text(block, tokens) for block in self.control_blocks]
+        per_block = [
+            self.host.prepare_text(block, tokens, padding) for block in self.control_blocks
+        ]
         return ControlText(per_block, text.shape[0])
 
     def forward(
@@ -175,14 +179,13 @@ class DiffusersHost:
             rope = WanRotaryPosEmbed(head_width, (1, 1, 1), max(grid))
             return rope(like.new_empty(1, 1, *grid))
 
-    def prepare_text(self, block: nn.Module, text_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return block.text_keys_values(text_tokens)  # type: ignore[operator]
+    def prepare_text(self, block: nn.Module, text_tokens: Tensor, padding: int) -> Any:
+        return block.text_keys_values(text_tokens, padding)  # type: ignore[operator]
 
     def run_block(
         self, block: nn.Module, hidden: Tensor, modulation: Tensor, rotary: Any, text: Any
     ) -> Tensor:
-        keys, values = (x.expand(hidden.shape[0], -1, -1) for x in text)
-        return block(hidden, modulation, rotary, (keys, values))
+        return block(hidden, modulation, rotary, text.expand(hidden.shape[0]))
 
 
 def load_gray_tile_controlnet(

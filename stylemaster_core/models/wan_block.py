@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..errors import LayoutError
 from .decoupled_attention import BlockStyle, attend, style_residual
 from .motion_adapter import BlockMotion
+from .text_padding import padding_bias
 
 Rotary = tuple[Tensor, Tensor]
+MIN_FFN_TOKENS = 1024  # below it a matrix product gets slower
+
+
+class KeysValues(NamedTuple):
+    """The text of a prompt, ready for one block."""
+
+    keys: Tensor  # [B, L, D]
+    values: Tensor  # [B, L, D]
+    bias: Tensor | None = None  # [L], added to the logits; see `padding_bias`
+
+    def attend(self, query: Tensor, num_heads: int) -> Tensor:
+        """[B, Lq, D] -> [B, Lq, D]."""
+        return attend(query, self.keys, self.values, num_heads, self.bias)
+
+    def expand(self, batch: int) -> KeysValues:
+        """Let one prompt serve a whole batch."""
+        return self._replace(
+            keys=expand_rows(self.keys, batch), values=expand_rows(self.values, batch)
+        )
+
+
+def expand_rows(x: Tensor, batch: int) -> Tensor:
+    """[1 or batch, L, D] -> [batch, L, D]."""
+    if x.shape[0] not in (1, batch):
+        raise LayoutError(
+            f"got {x.shape[0]} conditions for a batch of {batch}; give one, or one per sample"
+        )
+    return x.expand(batch, -1, -1)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -28,10 +61,19 @@ class WideLayerNorm(nn.LayerNorm):
 
 
 def rotate(x: Tensor, rotary: Rotary, num_heads: int) -> Tensor:
-    """Rotary position embedding on interleaved pairs, real arithmetic: [B, L, D] -> [B, L, D]."""
-    cos, sin = (angle[..., 0::2].to(widen(x)) for angle in rotary)
-    a, b = widen(rearrange(x, "b l (n d two) -> b l n d two", n=num_heads, two=2)).unbind(-1)
-    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    """Rotary position embedding on interleaved pairs: [B, L, D] -> [B, L, D].
+
+    A product of complex numbers where it runs eagerly: one pass over memory, the same bits. The
+    compiler fuses real arithmetic, and does not know complex numbers.
+    """
+    pairs = widen(rearrange(x, "b l (n d two) -> b l n d two", n=num_heads, two=2))
+    cos, sin = (angle[..., 0::2].to(pairs) for angle in rotary)
+    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        product = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        rotated = torch.view_as_real(product)
+    else:
+        a, b = pairs.unbind(-1)
+        rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     return rearrange(rotated, "b l n d two -> b l (n d two)").to(x)
 
 
@@ -54,9 +96,11 @@ class StyledWanBlock(WanTransformerBlock):
         self.norm2 = WideLayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.norm3 = WideLayerNorm(dim, eps, elementwise_affine=False)
 
-    def text_keys_values(self, text_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded text [B, L, D] -> keys and values, each [B, L, D]."""
-        return self.attn2.norm_k(self.attn2.to_k(text_tokens)), self.attn2.to_v(text_tokens)
+    def text_keys_values(self, text_tokens: Tensor, padding: int = 1) -> KeysValues:
+        """Keys and values of embedded text [B, L, D], whose last row stands for `padding` rows."""
+        keys = self.attn2.norm_k(self.attn2.to_k(text_tokens))
+        bias = padding_bias(keys.shape[1], padding, keys)
+        return KeysValues(keys, self.attn2.to_v(text_tokens), bias)
 
     def self_attend(self, hidden: Tensor, modulation: Tensor, rotary: Rotary) -> Tensor:
         shift, scale, gate = self._modulate(modulation)[:, :3].chunk(3, dim=1)
@@ -85,20 +129,29 @@ class StyledWanBlock(WanTransformerBlock):
         shift, scale, gate = self._modulate(modulation)[:, 3:].chunk(3, dim=1)
         hidden = hidden + self.attn2.to_out[0](attended)
         x = (self.norm3(widen(hidden)) * (1 + scale) + shift).to(hidden)
-        return (widen(hidden) + widen(self.ffn(x)) * gate).to(hidden)
+        return (widen(hidden) + widen(self._feed_forward(x)) * gate).to(hidden)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """The feed-forward, a part of the tokens at a time: its inner width is most of the peak."""
+        if torch.is_grad_enabled():
+            return self.ffn(x)
+        parts = x.flatten(0, 1).split(max(MIN_FFN_TOKENS, math.ceil(x.shape[1] / 4)))
+        if len(parts) == 1:
+            return self.ffn(x)
+        return torch.cat([self.ffn(part) for part in parts]).view_as(x)
 
     def forward(
         self,
         hidden: Tensor,
         modulation: Tensor,
         rotary: Rotary,
-        text_kv: tuple[Tensor, Tensor],
+        text_kv: KeysValues,
         style: BlockStyle | None = None,
     ) -> Tensor:
         """[B, L, D] -> [B, L, D]; modulation [B or 1, 6, D]; `style` rows as in `BlockStyle`."""
         hidden = self.self_attend(hidden, modulation, rotary)
         query = self.cross_query(hidden)
-        attended = attend(query, *text_kv, self.num_heads)
+        attended = text_kv.attend(query, self.num_heads)
         if style is not None:
             attended = attended + style_residual(query, style, self.num_heads)
         return self.finish(hidden, attended, modulation)

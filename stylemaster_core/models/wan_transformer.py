@@ -26,7 +26,6 @@ from .decoupled_attention import (
     StyleAttention,
     StyleKV,
     StyleRegion,
-    attend,
     create_style_attention,
     is_branch_key,
     region_masks,
@@ -35,9 +34,9 @@ from .decoupled_attention import (
 from .motion_adapter import MotionAdapter
 from .stylecrafter import is_encoder_key
 from .timestep import sinusoidal_embedding
-from .wan_block import Rotary, StyledWanBlock, WideLayerNorm, widen
+from .wan_block import KeysValues, Rotary, StyledWanBlock, WideLayerNorm, expand_rows, widen
 
-TextKV = list[tuple[Tensor, Tensor]]  # per block: keys and values [B, L, D]
+TextKV = list[KeysValues]  # per block
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +124,14 @@ class StyledWanTransformer(WanTransformer3DModel):
 
     # ---- once per generation ---------------------------------------------------------------------
 
-    def embed_text(self, text: Tensor, batch: int) -> TextKV:
-        """Text features [B or 1, L, Dt] -> keys and values of every block; padding included."""
+    def embed_text(self, text: Tensor, batch: int, padding: int = 1) -> TextKV:
+        """Keys and values of every block from text features.
+
+        Args:
+            text: [B or 1, L, Dt], padding included.
+            batch: videos that the text is for.
+            padding: how many rows the last one stands for; see `merge_padding`.
+        """
         width = self.config.text_dim
         if text.ndim != 3 or text.shape[-1] != width:
             raise LayoutError(
@@ -134,8 +139,10 @@ class StyledWanTransformer(WanTransformer3DModel):
                 "encoder that belongs to this transformer (UMT5-XXL for Wan)"
             )
         tokens = self.condition_embedder.text_embedder(text.to(self.device, self.compute_dtype))
-        pairs = [cast(StyledWanBlock, block).text_keys_values(tokens) for block in self.blocks]
-        return [(_expand(keys, batch), _expand(values, batch)) for keys, values in pairs]
+        return [
+            cast(StyledWanBlock, block).text_keys_values(tokens, padding).expand(batch)
+            for block in self.blocks
+        ]
 
     def style_keys_values(self, regions: Sequence[StyleRegion]) -> list[StyleKV]:
         """Keys and values of styles, made once per generation."""
@@ -188,7 +195,7 @@ class StyledWanTransformer(WanTransformer3DModel):
             without = [BlockStyle((), (), (), block.no_style) for block in style]
             style = without if style[0].no_style is not None else None
         if style is not None:
-            style = [_expand_rows(block, text[0][0].shape[0]) for block in style]
+            style = [_expand_rows(block, text[0].keys.shape[0]) for block in style]
         return Branch(text, style)
 
     # ---- every step ------------------------------------------------------------------------------
@@ -333,27 +340,24 @@ class StyledWanTransformer(WanTransformer3DModel):
         first = self.blocks[0]
         assert isinstance(first, StyledWanBlock)
         residuals = self._control_residuals(control, control_scale, stem.hidden)
+        # Block 0 up to its query is the same for all branches.
         shared = first.self_attend(stem.hidden, stem.modulation, stem.rotary)
         query = first.cross_query(shared)
-        text = {
-            id(b.text): attend(query, *b.text[0], first.num_heads) for b in _unique_texts(branches)
-        }
+        stem = stem._replace(hidden=shared[:0])
         outputs: list[Tensor] = [latents] * len(branches)
-        for group in _groups(branches, batched):
-            hidden = torch.cat(
-                [_first_block(first, shared, query, text[id(b.text)], b, stem) for _, b in group]
-            )
+        groups = _groups(branches, batched)
+        for number, group in enumerate(groups):
+            attended = _join([_first_attention(first, query, branch) for _, branch in group])
+            modulation = _repeat(stem.modulation, len(group))
+            hidden = first.finish(_repeat(shared, len(group)), attended, modulation)
+            del attended
+            if number + 1 == len(groups):
+                del shared, query  # what the last group does not need lowers the peak
             merged = _merge([branch for _, branch in group])
             for i, block in enumerate(self.blocks):
                 if i > 0:
                     style = None if merged.style is None else merged.style[i]
-                    hidden = block(
-                        hidden,
-                        _repeat(stem.modulation, len(group)),
-                        stem.rotary,
-                        merged.text[i],
-                        style,
-                    )
+                    hidden = block(hidden, modulation, stem.rotary, merged.text[i], style)
                 if i in residuals:
                     hidden = hidden + _repeat(residuals[i].to(hidden), len(group))
             repeated = stem._replace(time=_repeat(stem.time, len(group)))
@@ -385,16 +389,16 @@ class StyledWanTransformer(WanTransformer3DModel):
         return {i * stride: state * control_scale for i, state in enumerate(control)}
 
 
-def _unique_texts(branches: Sequence[Branch]) -> list[Branch]:
-    return list({id(branch.text): branch for branch in branches}.values())
-
-
-def _first_block(
-    block: StyledWanBlock, shared: Tensor, query: Tensor, text: Tensor, branch: Branch, stem: Stem
-) -> Tensor:
+def _first_attention(block: StyledWanBlock, query: Tensor, branch: Branch) -> Tensor:
+    attended = branch.text[0].attend(query, block.num_heads)
     if branch.style is not None:
-        text = text + style_residual(query, branch.style[0], block.num_heads)
-    return block.finish(shared, text, stem.modulation)
+        attended = attended + style_residual(query, branch.style[0], block.num_heads)
+    return attended
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.cat`, which would copy a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _groups(branches: Sequence[Branch], batched: bool) -> list[list[tuple[int, Branch]]]:
@@ -405,7 +409,7 @@ def _groups(branches: Sequence[Branch], batched: bool) -> list[list[tuple[int, B
     groups: dict[object, list[tuple[int, Branch]]] = {}
     for pair in order:
         branch = pair[1]
-        key = (branch.text[0][0].shape[1], branch.style is None)
+        key = (branch.text[0].keys.shape[1], branch.style is None)
         groups.setdefault(key, []).append(pair)
     return list(groups.values())
 
@@ -414,9 +418,12 @@ def _merge(branches: Sequence[Branch]) -> Branch:
     """Stack the branches of a group along the batch."""
     if len(branches) == 1:
         return branches[0]
+    # The branches of a generation are padded alike, so the bias of one is that of all.
     text = [
-        (torch.cat([b.text[i][0] for b in branches]), torch.cat([b.text[i][1] for b in branches]))
-        for i in range(len(branches[0].text))
+        KeysValues(
+            torch.cat([t.keys for t in texts]), torch.cat([t.values for t in texts]), texts[0].bias
+        )
+        for texts in zip(*(branch.text for branch in branches), strict=True)
     ]
     styled = [b.style for b in branches if b.num_styled]
     if len(styled) > 1:
@@ -428,16 +435,8 @@ def _merge(branches: Sequence[Branch]) -> Branch:
 
 def _expand_rows(style: BlockStyle, batch: int) -> BlockStyle:
     """Let one style serve a whole batch of latents."""
-    keys = tuple(_expand(x, batch) for x in style.keys)
-    return style._replace(keys=keys, values=tuple(_expand(x, batch) for x in style.values))
-
-
-def _expand(x: Tensor, batch: int) -> Tensor:
-    if x.shape[0] not in (1, batch):
-        raise LayoutError(
-            f"got {x.shape[0]} conditions for a batch of {batch}; give one, or one per sample"
-        )
-    return x.expand(batch, -1, -1)
+    keys = tuple(expand_rows(x, batch) for x in style.keys)
+    return style._replace(keys=keys, values=tuple(expand_rows(x, batch) for x in style.values))
 
 
 def _repeat(x: Tensor, count: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
 from ..models.decoupled_attention import StyleRegion, region_masks
+from ..models.text_padding import merge_padding
 from .guidance import GuidanceWeights
 from .samplers import SamplerName, create_sampler
 from .schedules import TIMESTEPS, in_range
@@ -93,9 +94,20 @@ def denoise(
     num_steps = len(sigmas) - 1
     regions = [StyleRegion(style)] if isinstance(style, Tensor) else list(style or [])
     branches = _Branches(
-        transformer, latents, text, negative_text, text_scale, style_scale, regions, null_style
+        transformer,
+        latents,
+        text,
+        negative_text,
+        text_scale,
+        style_scale,
+        regions,
+        null_style,
+        batch_branches,
     )
-    control_text = None if controlnet is None else controlnet.prepare_text(text)
+    control_text = None
+    if controlnet is not None:
+        (merged,), padding = merge_padding([text])
+        control_text = controlnet.prepare_text(merged, padding=padding)
     steps = create_sampler(sampler, sigmas)
     num_frames = latents.shape[2]
     parts = plan_windows(num_frames, windows)
@@ -148,6 +160,7 @@ class _Branches:
         style_scale: float,
         regions: Sequence[StyleRegion],
         null_style: NullStyle,
+        batched: bool,
     ) -> None:
         self.transformer = transformer
         self.grid = transformer.token_grid(latents)
@@ -155,10 +168,16 @@ class _Branches:
         self.regions = regions
         self.no_style = null_style == "zero"
         batch = latents.shape[0]
-        self.text = transformer.embed_text(text, batch)
-        self.negative = None
-        if self.guidance.negative and negative_text is not None:
-            self.negative = transformer.embed_text(negative_text, batch)
+        negatives = [negative_text] if self.guidance.negative and negative_text is not None else []
+        texts = [text, *negatives]
+        # Only texts of one length go into one batch.
+        parts = [texts] if batched else [[text] for text in texts]
+        self.text, *rest = [
+            transformer.embed_text(merged, batch, padding)
+            for part_texts, padding in map(merge_padding, parts)
+            for merged in part_texts
+        ]
+        self.negative = rest[0] if rest else None
         self.keys_values = transformer.style_keys_values(regions) if regions else []
         self.cache: dict[object, tuple[list[float], list[Any]]] = {}
 

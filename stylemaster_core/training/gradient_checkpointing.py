@@ -35,8 +35,7 @@ class CheckpointedHost(DiffusersHost):
     def run_block(
         self, block: nn.Module, hidden: Tensor, modulation: Tensor, rotary: Any, text: Any
     ) -> Tensor:
-        keys, values = (x.expand(hidden.shape[0], -1, -1) for x in text)
-        arguments = (hidden, modulation, rotary, (keys, values))
+        arguments = (hidden, modulation, rotary, text.expand(hidden.shape[0]))
         return _run(block, arguments) if id(block) in self._chosen else block(*arguments)
 
 

@@ -114,7 +114,7 @@ def test_negative_prompt_in_the_control(golden, monkeypatch):
     monkeypatch.setattr(
         GrayTileControlNet,
         "prepare_text",
-        lambda self, text: original(self, case["in.context_neg"]),
+        lambda self, text, padding: original(self, case["in.context_neg"]),
     )
     assert windowed_sampling(golden) > 0
 

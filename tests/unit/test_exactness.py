@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.live_memory import LiveMemory
 from stylemaster_core import (
     StyleRegion,
     combine_guidance,
@@ -14,6 +15,7 @@ from stylemaster_core import (
     load_gray_tile_controlnet,
     load_transformer,
 )
+from stylemaster_core.models import wan_block
 from stylemaster_core.models.decoupled_attention import StyleAttention
 from stylemaster_core.models.gray_tile_controlnet import (
     DiffusersHost,
@@ -199,26 +201,70 @@ class MetaRegion(StyleRegion):
         pass
 
 
+# The tokens of a prompt and of the release's negative one, and a row of padding, which stands for
+# the rest of 512.
+PROMPT_ROWS, NEGATIVE_ROWS = 65, 127
+
+
 def step_flop(net, num_branches, control=None):
     """FLOP of one step, with keys and values made beforehand."""
     latents, timestep, text, style = real_inputs()
-    kv, negative = net.embed_text(text, 1), net.embed_text(text, 1)
+    kv, negative = (
+        net.embed_text(text[:, :rows], 1, 512 - rows + 1) for rows in (PROMPT_ROWS, NEGATIVE_ROWS)
+    )
     regions = [MetaRegion(style)]
     wanted = [(negative, False), (kv, False), (kv, True)]
     if num_branches == 2:
         wanted = [wanted[0], wanted[2]]
     prepared = net.prepare_style(regions, net.style_keys_values(regions), (), True)
     branches = [net.prepare_branch(t, prepared, styled=s) for t, s in wanted]
-    return count(lambda: net.velocities(latents, timestep, branches))
+    flop = count(lambda: net.velocities(latents, timestep, branches, batched=False))
+    if control is not None:
+        control_text = control.prepare_text(text[:, :PROMPT_ROWS], padding=512 - PROMPT_ROWS + 1)
+        flop += count(lambda: control(latents, timestep, control_text))
+    return flop
 
 
 def test_flop_of_a_step(real_size):
-    net, _ = real_size
+    net, control = real_size
     latents, timestep, text, style = real_inputs()
     plain_pass = count(lambda: net(latents, timestep, text, style=[MetaRegion(style)]))
     assert abs(plain_pass / 283.11e12 - 1) < 0.005  # the cost model of one release pass
-    assert step_flop(net, 3) / (3 * plain_pass) <= 0.985
-    assert step_flop(net, 2) / (3 * plain_pass) <= 0.67
+    plain_control = count(lambda: control(latents, timestep, text))
+    assert step_flop(net, 3) / (3 * plain_pass) <= 0.9735
+    assert step_flop(net, 2) / (3 * plain_pass) <= 0.652
+    whole = 3 * plain_pass + plain_control
+    assert step_flop(net, 2, control) / whole <= 0.702
+
+
+def test_memory_of_a_step(monkeypatch):
+    """One branch after the other needs less than a plain pass, all in one batch less than two."""
+    net = StyledWanTransformer(num_attention_heads=1, ffn_dim=6 * 128, num_layers=2)
+    net.style_attention = StyleAttention(2, 4096, 128)
+    latents = torch.randn(1, 16, 5, 30, 52)  # 1950 tokens
+    timestep, text, tokens = torch.tensor([500.0]), torch.randn(1, 40, 4096), torch.ones(1, 2, 4096)
+    regions = [StyleRegion(tokens)]
+    with torch.no_grad():
+        texts = net.embed_text(text, 1), net.embed_text(text, 1)
+        style = net.prepare_style(regions, net.style_keys_values(regions), (), True)
+    branches = [
+        net.prepare_branch(texts[i], style, styled=styled)
+        for i, styled in ((0, False), (1, False), (1, True))
+    ]
+
+    def peak(run):
+        with LiveMemory() as memory, torch.no_grad():
+            run()
+        return memory.peak
+
+    def step(batched):
+        return peak(lambda: net.velocities(latents, timestep, branches, batched=batched))
+
+    ours = step(False), step(True)
+    monkeypatch.setattr(wan_block, "MIN_FFN_TOKENS", 10_000)  # the feed-forward in one piece
+    plain = peak(lambda: net(latents, timestep, text, style=tokens))
+    assert ours[0] <= plain and ours[1] <= 2 * plain
+    assert step(False) > plain and step(True) > 2 * plain
 
 
 def test_control_flop_at_real_size(real_size):

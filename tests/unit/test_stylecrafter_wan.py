@@ -152,9 +152,9 @@ def test_a_new_branch_is_the_text_s_and_adds_nothing(tiny_weights, tiny_inputs):
     # Attending to the text once more, beside itself: twice the text's attention.
     net.style_attention = new_stylecrafter_branch(net, norm=False).double()
     keys, values, norm = net.style_attention(StyleRegion(text))
-    for i, (text_keys, text_values) in enumerate(net.embed_text(inputs.text, 1)):
-        torch.testing.assert_close(keys[i], text_keys, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(values[i], text_values, rtol=1e-6, atol=1e-7)
+    for i, text_kv in enumerate(net.embed_text(inputs.text, 1)):
+        torch.testing.assert_close(keys[i], text_kv.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(values[i], text_kv.values, rtol=1e-6, atol=1e-7)
     assert norm is None and (run(net, inputs, text) - base).abs().max() > 1e-3
     other = StyleAttention(4, WIDTH, WIDTH, norm_style=True, bypass=True)
     assert set(other.state_dict()) == set(new_stylecrafter_branch(net).state_dict())
