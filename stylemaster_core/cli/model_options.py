@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -32,8 +33,8 @@ DEFAULT_FILES: dict[str, tuple[str, ...]] = {
 }
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options for files, device and memory."""
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Options for files, device and memory; returns the group of the files."""
     group = parser.add_argument_group("models")
     group.add_argument(
         "--model",
@@ -61,6 +62,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--storage", default="compute", choices=("compute", "float8"), help="of the transformer"
     )
     memory.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    return group
 
 
 def open_models(args: argparse.Namespace, random_dir: Path | None = None) -> Models:
@@ -84,14 +86,25 @@ def open_models(args: argparse.Namespace, random_dir: Path | None = None) -> Mod
         found = vars(tiny_files(stylecrafter=True))
     else:
         found = _find(_models_dir(args), given)
+    files = ModelFiles(**(found | {k: v for k, v in given.items() if v is not None}))
     return Models(
-        ModelFiles(**(found | {k: v for k, v in given.items() if v is not None})),
+        files,
         device=args.device,
         dtype=args.dtype,
         offload=args.offload,
         storage=args.storage,
         compile_blocks=args.compile,
+        loras=_check_loras(getattr(args, "lora", []), files),
     )
+
+
+def _check_loras(loras: list[tuple[Path, float]], files: ModelFiles) -> list[tuple[Path, float]]:
+    """The LoRAs of `--lora`, which must fit the transformer: known before anything is loaded."""
+    if loras:
+        from ..weights.lora import check_wan_loras
+
+        check_wan_loras(loras, files.need("transformer", "A LoRA"))
+    return loras
 
 
 def _models_dir(args: argparse.Namespace) -> Path:
@@ -134,6 +147,30 @@ def _random_files(folder: Path | None) -> dict[str, Path]:
         "text_encoder": small.text_encoder,
         "image_encoder": small.image_encoder,
     }
+
+
+def add_lora_option(group: argparse._ArgumentGroup, model: str) -> None:
+    """`--lora`, several times."""
+    group.add_argument(
+        "--lora",
+        action="append",
+        type=parse_lora,
+        default=[],
+        metavar="FILE[:SCALE]",
+        help=f"LoRA for {model}, merged at this strength (1); may be given several times",
+    )
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """Read FILE or FILE:SCALE; a colon that no number follows belongs to the path."""
+    path, _, scale = text.rpartition(":")
+    try:
+        strength = float(scale) if path else 1.0
+    except ValueError:
+        return Path(text), 1.0
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"a strength of {scale} is not a finite number")
+    return Path(path or text), strength
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from ..sampling.samplers import SamplerName
 from .model_options import (
     TINY,
     TINY_STYLECRAFTER,
+    add_lora_option,
     add_model_options,
     open_models,
     parse_range,
@@ -93,7 +94,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--batch-branches", action="store_true", help="faster, more memory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="result as one line of JSON")
-    add_model_options(parser)
+    add_lora_option(add_model_options(parser), "Wan")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .model_options import parse_size
+from .model_options import add_lora_option, parse_size
 from .stylecrafter_options import (
     add_model_files,
     add_style_options,
@@ -52,27 +52,11 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--size", type=parse_size, default=default.size, metavar="WxH")
     group = parser.add_argument_group("models")
     add_model_files(group, HELP, "sdxl")
-    group.add_argument(
-        "--lora",
-        action="append",
-        type=parse_lora,
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="LoRA for SDXL, merged at this strength (1); may be given several times",
-    )
+    add_lora_option(group, "SDXL")
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="result as one line of JSON")
-
-
-def parse_lora(text: str) -> tuple[Path, float]:
-    """Read FILE or FILE:SCALE; a colon that no number follows belongs to the path."""
-    path, _, scale = text.rpartition(":")
-    try:
-        return Path(path or text), float(scale) if path else 1.0
-    except ValueError:
-        return Path(text), 1.0
 
 
 def run(args: argparse.Namespace) -> int:

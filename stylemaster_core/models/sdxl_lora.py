@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import WeightsError
-from ..weights.files import read_state_dict
+from ..weights.lora import read_lora
 
-# Names of the two matrices and of alpha: kohya's, PEFT's, diffusers' older ones.
-_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
-_UP = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight")
 _PREFIXES = {
     "unet": ("lora_unet_", "unet.", "diffusion_model."),
     "text_encoder": ("lora_te1_", "text_encoder."),
@@ -35,48 +32,24 @@ def merge_lora(pipe: Any, path: Path, scale: float) -> None:
         WeightsError: if the file holds no LoRA, one for another model, or parts other than linear
             layers. Then nothing was changed.
     """
-    pairs = _pairs(read_state_dict(path).tensors, path)
-    modules = dict(_modules(pipe))
-    unknown = sorted(set(pairs) - set(modules))
+    lora = read_lora(path)
+    modules = {f"{name}.weight": module for name, module in _modules(pipe)}
+    unknown = sorted(set(lora.changes) - set(modules))
     if unknown:
         raise WeightsError(
-            f"{path}: {len(unknown)} of {len(pairs)} parts fit no linear layer of this SDXL "
+            f"{path}: {len(unknown)} of {len(lora.changes)} parts fit no linear layer of this SDXL "
             f"({', '.join(unknown[:3])}, ...); give a LoRA for SDXL, on linear layers"
         )
-    for name, (down, up, _) in pairs.items():
+    for name, change in lora.changes.items():
         shape = tuple(modules[name].weight.shape)
-        if down.ndim != 2 or up.ndim != 2 or (up.shape[0], down.shape[1]) != shape:
+        if change.shape != shape:
             raise WeightsError(
-                f"{path}: {name} is for a layer of [{up.shape[0]}, {down.shape[1]}], this SDXL has "
+                f"{path}: {name} is for a layer of {list(change.shape)}, this SDXL has "
                 f"{list(shape)}; give a LoRA for SDXL"
             )
-    for name, (down, up, alpha) in pairs.items():
+    for name, change in lora.changes.items():
         weight = modules[name].weight
-        change = up.float() @ down.float() * (scale * alpha / down.shape[0])
-        weight.copy_(weight.float() + change.to(weight.device))
-
-
-def _pairs(tensors: Mapping[str, Tensor], path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Both matrices and alpha of each layer, by its name with underscores for dots."""
-    pairs = {}
-    rest = set(tensors)
-    for key in tensors:
-        for down, up in zip(_DOWN, _UP, strict=True):
-            name = key.removesuffix(down)
-            if name == key or name + up not in tensors:
-                continue
-            alpha = tensors.get(f"{name}.alpha")
-            rank = float(tensors[key].shape[0])
-            value = rank if alpha is None else float(alpha)
-            pairs[name.replace(".", "_")] = (tensors[key], tensors[name + up], value)
-            rest -= {key, name + up, f"{name}.alpha"}
-    if not pairs or rest:
-        left = ", ".join(sorted(rest)[:3]) or "nothing"
-        raise WeightsError(
-            f"{path} is no LoRA of pairs of matrices that is known here (left over: {left}); give "
-            "one with names of kohya's trainers, PEFT or diffusers"
-        )
-    return pairs
+        weight.copy_(weight.float() + change.delta().to(weight.device) * scale)
 
 
 def _modules(pipe: Any) -> Iterator[tuple[str, nn.Linear]]:

@@ -125,6 +125,7 @@ class Models:
         offload: Offload = "none",
         storage: Storage = "compute",
         compile_blocks: bool = False,
+        loras: Sequence[tuple[Path, float]] = (),
     ) -> None:
         """Remember the files; nothing is loaded yet.
 
@@ -136,6 +137,7 @@ class Models:
             offload: `layers` keeps the transformer in main memory and moves layers as needed.
             storage: `float8` keeps the transformer's weights in 8 bits and computes in `dtype`.
             compile_blocks: compile the transformer's blocks.
+            loras: files for Wan with strengths, merged into the transformer's weights.
         """
         if offload not in get_args(Offload) or storage not in get_args(Storage):
             raise ConfigError(
@@ -154,6 +156,7 @@ class Models:
         self.offload = offload
         self.storage = storage
         self.compile_blocks = compile_blocks
+        self.loras = list(loras)
         self._kept: dict[str, Any] = {}
         self._text: dict[str, Tensor] = {}
 
@@ -313,11 +316,13 @@ class Models:
         from ..models.decoupled_attention import is_branch_key
         from ..models.motion_adapter import VIDEO_LORA_FORMAT, load_motion_adapter
         from ..models.wan_transformer import load_transformer
+        from ..weights.lora import merge_wan_loras
         from ..weights.state_dict import split_release, strip_prefix, style_path_report
 
         path = self.files.need("transformer", "Every task")
         kinds = {"stylemaster", "wan_native", "wan_diffusers"}
         weights = strip_prefix(_read(path, kinds, "a Wan 2.1 text-to-video transformer").tensors)
+        weights = merge_wan_loras(weights, self.loras, self.dtype)
         if self.files.adapter is not None:
             kinds = {"style_adapter", "stylemaster", "stylecrafter_wan"}
             what = "a StyleMaster adapter, or a StyleCrafter adapter for Wan"
@@ -353,23 +358,12 @@ class Models:
 
 def _read(path: Path, kinds: set[str], wanted: str) -> StateDictFile:
     """A file, or all safetensors of a folder, of one of the given kinds."""
-    from ..weights.files import StateDictFile, read_state_dict
+    from ..weights.files import StateDictFile, read_state_dict, shards_of
     from ..weights.state_dict import describe_kind, detect_kind, shapes_of, strip_prefix
 
-    path = Path(path)
-    if path.is_dir():
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise WeightsError(
-                f"{path} holds no .safetensors files; expected {wanted} (a file, or a folder in "
-                "diffusers' format)"
-            )
-    else:
-        files = [path]
     weights: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    for file in files:
+    for file in shards_of(path, wanted):
         part = read_state_dict(file)
         weights |= part.tensors
         metadata |= part.metadata

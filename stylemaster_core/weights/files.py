@@ -119,6 +119,29 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], 
     return keys
 
 
+def shards_of(path: str | os.PathLike[str], wanted: str) -> list[Path]:
+    """The files that hold a model: the one given, or the safetensors of a folder of diffusers'.
+
+    Args:
+        path: file, or folder with or without a subfolder "transformer".
+        wanted: what was expected, for the error.
+
+    Raises:
+        WeightsError: if a folder has none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise WeightsError(
+            f"{path} holds no .safetensors files; expected {wanted} (a file, or a folder in "
+            "diffusers' format)"
+        )
+    return files
+
+
 def write_state_dict(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from stylemaster_core.cli import main
-from stylemaster_core.cli.stylize_sdxl import parse_lora
+from stylemaster_core.cli.model_options import parse_lora
 from stylemaster_core.errors import WeightsError
 from stylemaster_core.models import sdxl_file
 from stylemaster_core.models.sdxl_file import SDXL, load_sdxl_file
