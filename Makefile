@@ -37,8 +37,9 @@ FUZZ ?= --seconds 240
 fuzz: $(VENV)/.installed  ## damaged files, hostile names, kills, misbehaving servers; seeded
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ)
 
-comfy-tests: $(VENV)/.installed  ## against a real ComfyUI; skipped, saying so, where none is found
-	$(BIN)/python -m pytest tests/comfy -q
+# COMFYUI_PATHS=/a/ComfyUI:/b/ComfyUI names several; docs/tested_comfyui.json keeps what passed where.
+comfy-tests: $(VENV)/.installed  ## against every ComfyUI found; skipped, saying so, where there is none
+	$(BIN)/python -m pytest tests/comfy -q --record-comfyui
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -40,6 +40,15 @@ def in_range(model_sampling: Any, sigma: float, start: float, end: float) -> boo
     return end >= 1 or sigma >= float(model_sampling.percent_to_sigma(end)) - SIGMA_TOLERANCE
 
 
+def window_frames(window: Any) -> list[int]:
+    """Latent frames of a context window, in the order in which the model sees them.
+
+    ComfyUI 0.21 and newer put a frame before every window but the first; it is only looked at.
+    """
+    anchor = getattr(window, "causal_anchor_index", None)
+    return [*([] if anchor is None or anchor < 0 else [anchor]), *window.index_list]
+
+
 @dataclass(frozen=True, eq=False)
 class TokenGrid:
     """Tokens (t, h, w) of the latents at hand, and the context window that they are, if one."""
@@ -54,27 +63,28 @@ class TokenGrid:
         if len(regions) > 1 and not given:
             # Where one range ends and the next begins both act, each by half.
             regions = [StyleRegion(region.tokens, mask=torch.ones(1, 1)) for region in regions]
-        total = self._total_frames(given)
+        video_frames = self._video_frames(given)
+        total = video_frames or self.size[0]
         key = (active, total, self.size[1:])
         if key not in condition.masks:
             condition.masks[key] = region_masks(regions, (total, *self.size[1:]))
         masks = condition.masks[key]
-        if total == self.size[0]:
+        if video_frames is None:
             return masks
-        index = self.window.index_list
+        index = window_frames(self.window)
         return tuple(mask.unflatten(1, (total, -1))[:, index].flatten(1, 2) for mask in masks)
 
-    def _total_frames(self, masks: Sequence[Tensor]) -> int:
-        """Latent frames that the masks stretch over: all of the video, not only a window of it."""
+    def _video_frames(self, masks: Sequence[Tensor]) -> int | None:
+        """Latent frames of the whole video if the masks must be cut to a window of it."""
         if self.window is None or not masks:
-            return self.size[0]
+            return None
         if self.window.dim != 2:
             raise UnsupportedHostError(
                 "style masks work with context windows over frames (dim 2), not over dim "
                 f"{self.window.dim}; use windows over frames, or a style without a mask"
             )
         if all(mask.ndim == 2 or mask.shape[0] == 1 for mask in masks):
-            return self.size[0]
+            return None
         total = getattr(self.window, "total_frames", 0)
         if not total:
             raise UnsupportedHostError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers

@@ -12,8 +12,8 @@ from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.model_base
-import comfy.model_patcher
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -24,7 +24,6 @@ from .sdxl_styles import LAYER_KEY, StyledRows, styled_rows
 from .sockets import StyleCrafterAdapter
 from .wan_patches import Hook, ModelCall, compute_dtype, raw, with_hooks
 
-ModelPatcher = comfy.model_patcher.ModelPatcher
 Place = tuple[str, int, int]  # part of the UNet, block in it, transformer block in that
 
 PARTS = ("input", "output", "middle")  # StyleCrafter counts layers in this order, not as they run

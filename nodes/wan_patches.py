@@ -19,19 +19,18 @@ from typing import Any
 import comfy.ldm.wan.model
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..stylemaster_core.errors import ConfigError, LayoutError, UnsupportedHostError, WeightsError
 from ..stylemaster_core.models.decoupled_attention import StyleAttention, style_residual
-from .block_styles import TokenGrid, block_styles, in_range
+from .block_styles import TokenGrid, block_styles, in_range, window_frames
 from .conditionings import CONTROL_KEY, STYLE_KEY, Row
 
 PREVIOUS = "stylemaster_previous"
 
-ModelPatcher = comfy.model_patcher.ModelPatcher
 Hook = tuple[nn.Module, Callable[..., Tensor], dict[str, Any]]  # module, `forward`, attributes
 _ABSENT = object()
 
@@ -191,10 +190,22 @@ def style_hooks(call: ModelCall) -> list[Hook]:
     like = call.x.new_empty(0, dtype=compute_dtype(call.model))
     sampling = call.model.model_sampling
     styles = block_styles(call.rows, grid, sampling, float(call.t.max()), like)
+    tokens = {"stylemaster_tokens": math.prod(size)}
     return [
-        (raw(block.cross_attn), _styled_cross_attention, {"stylemaster_style": style})
+        (raw(block.cross_attn), _styled_cross_attention, {"stylemaster_style": style, **tokens})
         for block, style in zip(blocks, styles, strict=True)
     ]
+
+
+def _add_to_video(tokens: Tensor, more: Tensor, count: int) -> Tensor:
+    """Add to the first `count` tokens [B, L, D], those of the video that is sampled.
+
+    Behind them there may be others, which are left alone: a source video and pictures that the
+    model looks at (`context_latents` of Bernini, `time_dim_concat` of Phantom).
+    """
+    if tokens.shape[1] == count:
+        return tokens + more
+    return torch.cat([tokens[:, :count] + more, tokens[:, count:]], dim=1)
 
 
 def _styled_cross_attention(
@@ -203,7 +214,8 @@ def _styled_cross_attention(
     """`forward` of a cross-attention: ComfyUI's attention to the text, plus ours to the style."""
     native, options = comfy.ldm.wan.model, transformer_options or {}
     query = self.norm_q(self.q(x))
-    style = style_residual(query, self.stylemaster_style, self.num_heads)
+    count = self.stylemaster_tokens
+    style = style_residual(query[:, :count], self.stylemaster_style, self.num_heads)
     if self.stylemaster_previous is None and type(self) is native.WanT2VCrossAttention:
         text = native.optimized_attention(
             query,
@@ -212,11 +224,12 @@ def _styled_cross_attention(
             heads=self.num_heads,
             transformer_options=options,
         )
-        return self.o(text + style)
+        return self.o(_add_to_video(text, style, count))
     previous = self.stylemaster_previous or types.MethodType(type(self).forward, self)
     text = previous(x, context, transformer_options=options, **kwargs)
     # Somebody else's forward ends with `o`, which is affine: o(a + b) = o(a) + o(b) - o(0).
-    return text + self.o(style) - self.o(torch.zeros_like(style[:, :1]))
+    style = self.o(style) - self.o(torch.zeros_like(style[:, :1]))
+    return _add_to_video(text, style, count)
 
 
 def patch_control(
@@ -313,8 +326,8 @@ def _control_hooks(call: ModelCall, strength: float) -> list[Hook]:
 def _cut(latents: Tensor, x: Tensor, window: Any) -> Tensor:
     """Control latents of the video or window at hand."""
     given = list(latents.shape[2:])
-    if window is not None and latents.shape[window.dim] > max(window.index_list):
-        index = torch.tensor(window.index_list, device=latents.device)
+    if window is not None and latents.shape[window.dim] > max(frames := window_frames(window)):
+        index = torch.tensor(frames, device=latents.device)
         latents = latents.index_select(window.dim, index)
     if latents.shape[2:] != x.shape[2:]:
         raise LayoutError(
@@ -329,8 +342,8 @@ def _block_with_control(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`forward` of a block that has a control state."""
     previous = self.stylemaster_previous or types.MethodType(type(self).forward, self)
     hidden = previous(*args, **kwargs)
-    state = self.stylemaster_state
-    return hidden + (state if self.stylemaster_rows is None else state[self.stylemaster_rows])
+    state, rows = self.stylemaster_state, self.stylemaster_rows
+    return _add_to_video(hidden, state if rows is None else state[rows], state.shape[1])
 
 
 def _reserve_memory(

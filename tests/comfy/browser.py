@@ -94,8 +94,9 @@ class Ui:
     def missing_nodes(self) -> list[str]:
         """Classes of the open graph that the server does not know."""
         return self.page.evaluate(
-            """() => window.app.graph._nodes.filter(node => node.has_errors ||
-                !(node.type in window.LiteGraph.registered_node_types)).map(node => node.type)"""
+            # Not `has_errors`, which newer editors also set for a missing model.
+            """() => window.app.graph._nodes.map(node => node.type)
+                .filter(type => !(type in window.LiteGraph.registered_node_types))"""
         )
 
     def serialize(self) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.comfy import server, small_models
+from tests.comfy import record, server, small_models
 
 CHECKOUTS = server.find_comfyui()
 NONE_FOUND = pytest.param(
@@ -26,10 +27,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.comfy)
 
 
+# By version of ComfyUI and test file: how many passed, failed, were skipped.
+OUTCOMES: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = f"write what passed on which ComfyUI into {record.RECORD.name}"
+    parser.addoption("--record-comfyui", action="store_true", help=text)
+
+
+def pytest_report_header() -> list[str]:
+    return [f"ComfyUI {found.version}: {found.path} ({found.python})" for found in CHECKOUTS]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    kept = record.read()
+    for found in CHECKOUTS:
+        if not (outcomes := OUTCOMES.get(found.version)):
+            continue
+        total = dict(sum(outcomes.values(), Counter()))
+        terminalreporter.write_line(f"ComfyUI {found.version}: {total}")
+        kept = record.add_results(kept, found.version, record.setting(found), outcomes)
+    if config.getoption("--record-comfyui", default=False):
+        record.write(kept)
+
+
+def _note_outcome(item: pytest.Item, report: pytest.TestReport) -> None:
+    checkout = getattr(item, "callspec", None) and item.callspec.params.get("comfy_checkout")
+    told = report.when == "call" or (report.when == "setup" and not report.passed)
+    if checkout and (told or report.failed):
+        OUTCOMES[checkout.version][item.path.name][report.outcome] += 1
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """Show the server's log with a test that failed."""
+    """Show the server's log with a test that failed; count by version."""
     report = yield
+    _note_outcome(item, report)
     used = getattr(item, "funcargs", {}).get("comfy_server")
     if report.failed and used is not None:
         report.sections.append(("ComfyUI's log", used.log_tail()))

@@ -28,7 +28,15 @@ from tests.conftest import Golden
 SIGMA = 0.7
 SIZE = (3, 8, 10)  # latent frames, height, width
 LONG = 5  # latent frames that need context windows
-WINDOWS = [[0, 1, 2], [2, 3, 4]]  # of length 3 and overlap 1
+# Windows of length 3 or, looped, 4, with overlap 1: a frame that is only looked at (the anchor of
+# ComfyUI 0.21 and newer), and those that are kept.
+Window = tuple[list[int], list[int]]
+WINDOWS: dict[str, list[Window]] = {
+    "static": [([], [0, 1, 2]), ([], [2, 3, 4])],
+    "static.anchored": [([], [0, 1, 2]), ([1], [2, 3, 4])],
+    "looped": [([], [0, 1, 2, 3]), ([], [3, 4, 0, 1])],
+    "looped.anchored": [([], [0, 1, 2, 3]), ([2], [3, 4, 0, 1])],
+}
 TEXT_SCALES = [6.0, 1.0, 3.0, 3.0, 2.0]
 STYLE_SCALES = [4.0, 2.0]  # by halves of the sampling: 3 steps, 2 steps
 RANGES = [(0.0, 0.4), (0.6, 1.0)]
@@ -161,8 +169,9 @@ def make_results(golden: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dic
     x["core.lora"] = core.velocity(x, one, net=load_transformer(fold(core.weights, lora)))
     x["core.motion"] = _with_motion(core, x, one, motion)
     still = x["in.long_mask"][:1].expand(LONG, -1, -1)
-    x["core.windows"] = _windows(core, x, x["in.long_mask"])
-    x["core.still_mask_windows"] = _windows(core, x, still)
+    for name, windows in WINDOWS.items():
+        x[f"core.windows.{name}"] = _windows(core, x, x["in.long_mask"], windows)
+        x[f"core.still_mask_windows.{name}"] = _windows(core, x, still, windows)
     x["core.ranges"] = _sampled(
         core, x, [StyleRegion(t, start=s, end=e) for t, (s, e) in zip((a, b), RANGES, strict=True)]
     )
@@ -184,18 +193,20 @@ def _with_motion(
         return core.velocity(x, regions)
 
 
-def _windows(core: Core, x: dict[str, Tensor], mask: Tensor) -> Tensor:
+def _windows(core: Core, x: dict[str, Tensor], mask: Tensor, windows: Sequence[Window]) -> Tensor:
     """One pass per window, mean where they overlap; mask and control cut by hand."""
     total, count = torch.zeros_like(x["in.long_latents"]), torch.zeros(1, 1, LONG, 1, 1)
-    for window in WINDOWS:
+    for anchor, kept in windows:
+        window = anchor + kept
         part = {**x, "in.latents": x["in.long_latents"][:, :, window]}
         regions = [
             StyleRegion(x["in.tokens"], mask=mask[window]),
             StyleRegion(x["in.other_tokens"], 0.5, mask=x["in.mask"]),
         ]
         control = x["in.long_control"][:, :, window]
-        total[:, :, window] += core.velocity(part, regions, control=control)
-        count[:, :, window] += 1
+        velocity = core.velocity(part, regions, control=control)
+        total[:, :, kept] += velocity[:, :, len(anchor) :]
+        count[:, :, kept] += 1
     return total / count
 
 

@@ -27,6 +27,7 @@ Workflow = Mapping[str, Any]  # API format: node id to class_type and inputs
 OnEvent = Callable[[str, dict[str, Any]], None]
 OnPreview = Callable[[bytes], None]
 PREVIEW_HEADER = 8  # bytes before a preview's JPEG
+LIMIT_S = 1200.0  # against hanging; a busy machine may need minutes to import ComfyUI
 
 
 class ComfyUIError(Exception):
@@ -106,6 +107,29 @@ class Result:
     previews: int = 0  # pictures sent while sampling
 
 
+@dataclass(frozen=True)
+class PackImport:
+    """ComfyUI's word on a folder of custom nodes."""
+
+    seconds: float
+    ok: bool
+
+
+def imports_of_packs(log: str) -> dict[str, PackImport]:
+    """What a log of ComfyUI says about the import of each folder in custom_nodes.
+
+    Since 0.23 its lines are coloured and begin with their level.
+    """
+    plain = re.sub(r"\x1b\[[\d;]*m", "", log)
+    line = re.compile(
+        r"^(?:\[\w+\])? *([\d.]+) seconds( \(IMPORT FAILED\))?: (.+?)\s*$", re.MULTILINE
+    )
+    return {
+        Path(path).name: PackImport(float(seconds), ok=not failed)
+        for seconds, failed, path in line.findall(plain)
+    }
+
+
 class ComfyServer:
     """A ComfyUI server on the CPU with this pack and the stubs as its only custom nodes.
 
@@ -145,7 +169,7 @@ class ComfyServer:
     def __exit__(self, *_exception: object) -> None:
         self.stop()
 
-    def start(self, timeout_s: float = 300) -> None:
+    def start(self, timeout_s: float = LIMIT_S) -> None:
         """Start the server and wait until it answers."""
         options = {
             "--listen": "127.0.0.1",
@@ -192,13 +216,9 @@ class ComfyServer:
         """The last lines of what the server printed."""
         return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
 
-    def pack_imports(self) -> dict[str, bool]:
-        """Whether ComfyUI could import each folder in custom_nodes, as it printed."""
-        line = re.compile(r"^ *[\d.]+ seconds( \(IMPORT FAILED\))?: (.+)$", re.MULTILINE)
-        return {
-            Path(path).name: not failed
-            for failed, path in line.findall(self.log_file.read_text(errors="replace"))
-        }
+    def pack_imports(self) -> dict[str, PackImport]:
+        """What ComfyUI printed about the import of each folder in custom_nodes."""
+        return imports_of_packs(self.log_file.read_text(errors="replace"))
 
     def object_info(self) -> dict[str, Any]:
         """The description of every node, by its id."""
@@ -217,7 +237,7 @@ class ComfyServer:
         self,
         workflow: Workflow,
         *,
-        timeout_s: float = 120,
+        timeout_s: float = LIMIT_S,
         on_event: OnEvent | None = None,
         on_preview: OnPreview | None = None,
     ) -> Result:
@@ -327,7 +347,7 @@ class _Watch:
 
 
 def run_script(
-    checkout: Checkout, base: Path, script: Path, *arguments: str, timeout_s: float = 300
+    checkout: Checkout, base: Path, script: Path, *arguments: str, timeout_s: float = LIMIT_S
 ) -> dict[str, Any]:
     """Run a Python script inside a ComfyUI without a server (see `bootstrap.py`).
 

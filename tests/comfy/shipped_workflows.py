@@ -29,7 +29,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "ImageScaleToTotalPixels": {"megapixels": 0.01},
     "ImageFromBatch": {"length": FRAMES},
     "StyleMasterCompareStyles": {"side": 64},
-    "WanContextWindowsManual": {"context_length": 9, "context_overlap": 5},
+    "WanContextWindowsManual": {"context_length": 9, "context_overlap": 4},
 }
 
 

@@ -41,7 +41,6 @@ CORE_CASES = [
     "motion",
     "ranges",
     "schedule",
-    "still_mask_windows",
 ]
 
 
@@ -96,15 +95,22 @@ def test_two_ways_give_the_same(numbers, name):
     assert deviation(*ways) < 2e-6
 
 
-def test_masks_over_time_follow_the_context_window(reference, numbers, comfy_checkout):
+@pytest.mark.parametrize("name", hook_cases.WINDOWS)
+def test_masks_and_control_follow_the_context_window(reference, numbers, comfy_checkout, name):
+    """Windows with and without the frame that newer versions put before them; one that wraps."""
     results, facts = numbers
+    if name.endswith(".anchored") and not facts["anchors"]:
+        pytest.skip(f"ComfyUI {comfy_checkout.version} puts no frame before a window")
+    still, moving = f"core.still_mask_windows.{name}", f"core.windows.{name}"
+    assert facts["refused"].get(still) is None
+    assert deviation(results[still], reference[0][still]) < TOLERANCE
     if comfy_checkout.version == "0.3.64":
-        assert "update it to 0.8.0, or use a mask of one frame" in facts["frame_masks_in_windows"]
+        said = facts["refused"][moving]
+        assert "update it to 0.8.0, or use a mask of one frame" in said
     else:
-        assert facts["frame_masks_in_windows"] == ""
-        assert deviation(results["core.windows"], reference[0]["core.windows"]) < TOLERANCE
-    moving, still = reference[0]["core.windows"], reference[0]["core.still_mask_windows"]
-    assert deviation(moving, still) > 0.05
+        assert facts["refused"].get(moving) is None
+        assert deviation(results[moving], reference[0][moving]) < TOLERANCE
+    assert deviation(reference[0][moving], reference[0][still]) > 0.05
 
 
 def test_numbers_leave_nothing_behind(numbers):
@@ -215,6 +221,21 @@ def test_errors_say_what_came_and_what_to_do(facts, name, error, said):
     message = facts[f"error.{name}"]
     assert message.startswith(f"{error}: ")
     assert [part for part in said if part not in message] == []
+
+
+# ---- other tokens than the video's ------------------------------------------------------------
+
+
+def test_tokens_behind_the_videos_get_no_style_and_no_control(run_in_comfy, reference):
+    """Of Bernini's source video and pictures, where ComfyUI has it, and of Phantom's."""
+    facts = run_in_comfy(SCRIPTS / "hooks_streams.py", reference[1][0])
+    assert facts.pop("leftovers") == []
+    assert len(facts) in (3, 6)
+    for name, found in facts.items():
+        assert isinstance(found, dict), (name, found)
+        assert found["deviation"] < TOLERANCE, name
+        assert found["effect_of_streams"] > 0.05, name
+        assert found["effect_of_style"] > 0.05, name
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

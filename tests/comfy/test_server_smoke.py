@@ -65,7 +65,17 @@ def compare(a: str, b: str) -> dict[str, Any]:
 
 def test_pack_loads(comfy_server):
     loaded = comfy_server.pack_imports()
-    assert loaded[server.PACK_NAME], "ComfyUI could not import the pack, see its log"
+    assert loaded[server.PACK_NAME].ok, "ComfyUI could not import the pack, see its log"
+
+
+@pytest.mark.parametrize("before", ["", "\x1b[32m[INFO]\x1b[0m ", "[INFO] "])
+def test_imports_are_read_from_the_log_of_any_version(before):
+    lines = ["starting", "   0.1 seconds: /c/stylemaster", " 12.0 seconds (IMPORT FAILED): /c/bad"]
+    found = server.imports_of_packs("\n".join(before + line for line in lines) + "\n")
+    assert found == {
+        "stylemaster": server.PackImport(0.1, ok=True),
+        "bad": server.PackImport(12.0, ok=False),
+    }
 
 
 def test_small_text_to_video(comfy_server):

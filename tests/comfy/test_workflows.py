@@ -40,7 +40,7 @@ OWN_INPUTS = {
     "style_blend": ("Second style image", {"image": "neon.png"}),
     "saved_style": ("Saved style", {"style_name": "other_00001_.safetensors"}),
     "motion_scale_sweep": ("Motion scale 0", {"motion_scale": 0.5}),
-    "long_video": ("Windows of 81 frames", {"context_overlap": 1}),
+    "long_video": ("Windows of 81 frames", {"context_overlap": 8}),
     SDXL: ("Guidance", {"text_cfg": 5.0}),
 }
 

@@ -173,9 +173,11 @@ def leftovers(model: Any) -> list[str]:
 
 def error_of(call: Any) -> str:
     """Class and message of the error that a call raises; empty if none."""
+    # An interrupt is a BaseException since ComfyUI 0.20.
+    interrupt = comfy.model_management.InterruptProcessingException
     try:
         call()
-    except Exception as error:  # noqa: BLE001
+    except (Exception, interrupt) as error:  # noqa: BLE001
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -130,7 +130,8 @@ def foreign_patches() -> None:
     hooks = []
     for other, k, v in zip(others, kv.keys[[0, 2]], kv.values[[0, 2]], strict=True):
         style = core.BlockStyle((k,), (v,), (), None)
-        hooks.append((other, patches._styled_cross_attention, {"stylemaster_style": style}))
+        set_by_hooks = {"stylemaster_style": style, "stylemaster_tokens": z[0, 0].numel() // 4}
+        hooks.append((other, patches._styled_cross_attention, set_by_hooks))
     with patches.hooked(hooks):
         module.__class__, kept = Doubled, module.__class__
         try:

@@ -4,6 +4,7 @@ Results carry the names of what they must equal: `core.*` in REFERENCE, `02_dit_
 `03_controlnet_a/...` and `04_guidance/...` in the golden files, or `same.A/...` one another.
 """
 
+import inspect
 import json
 from typing import Any
 
@@ -204,13 +205,18 @@ def sampled_against_core() -> None:
     )
 
 
-def windows(per_frame: bool) -> torch.Tensor:
+LOOPED = (ContextSchedules.UNIFORM_LOOPED, {"context_length": 4, "closed_loop": True})
+STATIC = (ContextSchedules.STATIC_STANDARD, {"context_length": 3})
+ANCHORS = "causal_window_fix" in inspect.signature(IndexListContextHandler).parameters
+
+
+def windows(per_frame: bool, schedule: str, options: dict[str, Any]) -> torch.Tensor:
     handler = IndexListContextHandler(
-        get_matching_context_schedule(ContextSchedules.STATIC_STANDARD),
+        get_matching_context_schedule(schedule),
         get_matching_fuse_method(ContextFuseMethods.FLAT),
-        context_length=3,
         context_overlap=1,
         dim=2,
+        **options,
     )
     model = patches.patch_control(styled_model, network)
     model.model_options["context_handler"] = handler
@@ -223,15 +229,29 @@ def windows(per_frame: bool) -> torch.Tensor:
     return wan.velocity(model, conditioning, x["in.long_latents"], SIGMA)
 
 
+def all_windows() -> dict[str, str]:
+    """Velocities with windows of each kind that this ComfyUI has; which masks it refused."""
+    refused = {}
+    for name, (schedule, options) in {"static": STATIC, "looped": LOOPED}.items():
+        ways = {name: {"causal_window_fix": False}, f"{name}.anchored": {"causal_window_fix": True}}
+        for way, anchor in (ways if ANCHORS else {name: {}}).items():
+            for kind, per_frame in (("still_mask_windows", False), ("windows", True)):
+
+                def run() -> None:
+                    key = f"core.{kind}.{way}"  # noqa: B023
+                    results[key] = windows(per_frame, schedule, options | anchor)  # noqa: B023
+
+                if said := wan.error_of(run):
+                    refused[f"core.{kind}.{way}"] = said
+    return refused
+
+
 golden_velocities()
 golden_guidance()
 stock_dual_guider()
 against_core()
 sampled_against_core()
-results["core.still_mask_windows"] = windows(per_frame=False)
-facts = {"frame_masks_in_windows": wan.error_of(lambda: windows(per_frame=True))}
-if not facts["frame_masks_in_windows"]:
-    results["core.windows"] = windows(per_frame=True)
+facts: dict[str, Any] = {"anchors": ANCHORS, "refused": all_windows()}
 facts["leftovers"] = wan.leftovers(plain)
 save_file({key: value.clone() for key, value in results.items()}, results_path)
 print(json.dumps(facts))
