@@ -24,11 +24,3 @@ def test_the_newest_comes_first():
     one = {"files": {"test_a.py": {"passed": 1}}}
     kept = dict.fromkeys(("0.3.64", "0.33.0", "0.8.0"), one)
     assert record.tested_versions(kept, ["test_a.py"]) == ["0.33.0", "0.8.0", "0.3.64"]
-
-
-def test_the_readme_names_the_tested_versions():
-    readme = (record.RECORD.parents[1] / "README.md").read_text(encoding="utf-8")
-    versions = record.tested_versions(record.read(), record.test_files())
-    assert versions, "no ComfyUI is recorded as tested: run `make comfy-tests`"
-    *others, last = versions
-    assert f"Tested on ComfyUI {', '.join(others)}{' and ' * bool(others)}{last}" in readme
