@@ -63,9 +63,26 @@ def compare(a: str, b: str) -> dict[str, Any]:
     return {"class_type": "StubCompare", "inputs": {"a": [a, 0], "b": [b, 0]}}
 
 
-def test_pack_loads(comfy_server):
-    loaded = comfy_server.pack_imports()
-    assert loaded[server.PACK_NAME].ok, "ComfyUI could not import the pack, see its log"
+IMPORT_NODES = """
+import asyncio, json, sys, time
+import comfy.sd, comfy_api.latest, comfy_extras.nodes_custom_sampler, folder_paths, latent_preview
+import custom_nodes_stylemaster as pack
+
+before, start = set(sys.modules), time.process_time()
+asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
+added = {name.split(".")[0] for name in set(sys.modules) - before}
+print(json.dumps({"added": sorted(added), "cpu_seconds": time.process_time() - start}))
+"""
+# Each takes longer to import than all of the pack may; ComfyUI's own imports do not count.
+HEAVY = {"accelerate", "av", "cv2", "diffusers", "matplotlib", "scipy", "tensorboard"}
+
+
+def test_pack_loads_without_heavy_imports(comfy_server, run_in_comfy):
+    pack = comfy_server.pack_imports()[server.PACK_NAME]
+    assert pack.ok, "ComfyUI could not import the pack, see its log"
+    found = run_in_comfy(IMPORT_NODES)
+    assert not HEAVY.intersection(found["added"]), found
+    assert len(found["added"]) < 10, found
 
 
 @pytest.mark.parametrize("before", ["", "\x1b[32m[INFO]\x1b[0m ", "[INFO] "])

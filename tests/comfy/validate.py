@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Choices that depend on the files of a machine.
-FILE_INPUTS = (
-    "_name",
-    "image",
-    "file",
-    "folder",
-    "clip_name",
-    "ckpt_name",
-    "video",
-    "audio",
-)
+FOLDER_INPUTS = ("folder", "name")
+FILE = re.compile(r"\.[a-z][a-z0-9]+$")
 NUMBERS = ("INT", "FLOAT")
 
 
@@ -80,5 +73,9 @@ def _of_value(name: str, value: Any, spec: Any, *_: Any) -> Iterator[str]:
             yield f"{value!r} is no number"
         elif not options.get("min", value) <= value <= options.get("max", value):
             yield f"{value} is not in {options.get('min')} to {options.get('max')}"
-    elif choices and not name.endswith(FILE_INPUTS) and value not in choices:
+    elif choices and value not in choices and not _of_machine(name, value):
         yield f"{value!r} is none of {choices}"
+
+
+def _of_machine(name: str, value: Any) -> bool:
+    return name.endswith(FOLDER_INPUTS) or bool(FILE.search(str(value)))
