@@ -234,7 +234,7 @@ def test_every_node_has_a_page_that_explains_every_input():
 
 
 def test_pictures_of_the_pages_are_there():
-    pages = [*DOCS.glob("*.md"), PACK / "README.md"]
+    pages = [*DOCS.rglob("*.md"), *(PACK / "docs").glob("*.md"), PACK / "README.md"]
     links = [
         (page, link)
         for page in pages
