@@ -55,7 +55,7 @@ class StyleEncoder(io.ComfyNode):
                     "shuffle_seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFF,
+                    max=0xFFFFFFFFFFFFFFFF,
                     tooltip="Seed of the shuffle of the content. The same for every picture.",
                 ),
                 io.Combo.Input(

@@ -120,7 +120,7 @@ def latent_shape(num_frames: int, height: int, width: int) -> LatentShape:
         )
     if height < 1 or width < 1 or height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
         raise LayoutError(
-            f"{height} x {width} pixels; both sides must be multiples of {SPATIAL_STRIDE}: "
+            f"{width} x {height} pixels; both sides must be multiples of {SPATIAL_STRIDE}: "
             "resize, or use pad_video"
         )
     return LatentShape(
@@ -140,7 +140,7 @@ def fit_size(height: int, width: int, *, multiple: int = SIZE_MULTIPLE) -> tuple
         ConfigError: if a number is below 1.
     """
     if min(height, width, multiple) < 1:
-        raise ConfigError(f"size {height} x {width}, multiple {multiple}: all must be at least 1")
+        raise ConfigError(f"size {width} x {height}, multiple {multiple}: all must be at least 1")
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 

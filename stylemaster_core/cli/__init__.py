@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import StyleMasterError
+from ..errors import DiskError, StyleMasterError
 
 # What `stylemaster --help` says of each subcommand: only the one that is called gets imported.
 SUBCOMMANDS = {
@@ -39,13 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     called = next((word for word in argv if not word.startswith("-")), None)
+    kept = ""
     try:
         args = _create_parser(called).parse_args(argv)
+        kept = f"; {args.kept}" if "kept" in args else ""
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         logging.getLogger("stylemaster").setLevel(logging.DEBUG if args.verbose else logging.INFO)
         return args.run(args)
     except StyleMasterError as error:
-        sys.stderr.write(f"stylemaster: {error}\n")
+        of_disk = any(isinstance(e, OSError | DiskError) for e in (error, error.__cause__))
+        sys.stderr.write(f"stylemaster: {error}{kept if of_disk else ''}\n")
         return 2
     except ImportError as error:
         sys.stderr.write(
@@ -57,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"stylemaster: {place}{error.strerror or error}{kept}\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("stylemaster: interrupted, nothing was written\n")
         return 130

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
+_GOES_ON = "what is finished stays, and the same command goes on from there"
+
+
 def add_parser(subparsers: Any) -> None:
     """Add `data` to the command line.
 
@@ -39,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
     _add_illusion(actions)
     for name, what in (("still", "pictures as clips without motion"), ("tile", "gray tiles")):
         action = actions.add_parser(name, help=f"a table of samples: {what}")
+        action.set_defaults(kept="nothing was written")
         _add_source(action)
         action.add_argument("--out", type=Path, required=True, help="table to write, .jsonl")
         if name == "still":
@@ -52,6 +56,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _add_illusion(actions: Any) -> None:
     illusion = actions.add_parser("illusion", help="pairs of pictures of exactly one style")
+    illusion.set_defaults(kept=_GOES_ON)
     illusion.add_argument("out", type=Path, help="folder for the pairs")
     illusion.add_argument("--num", type=int, default=10_000, help="of pairs, of all processes")
     illusion.add_argument("--seed", type=int, default=0)
@@ -72,6 +77,7 @@ def _add_illusion(actions: Any) -> None:
 
 def _add_encode(actions: Any) -> None:
     encode = actions.add_parser("encode", help="make a cache of latents and features")
+    encode.set_defaults(kept=_GOES_ON)
     _add_source(encode)
     encode.add_argument("out", type=Path, help="folder of the cache")
     encode.add_argument(

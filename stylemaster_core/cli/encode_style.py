@@ -30,16 +30,19 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `stylemaster encode-style`."""
     from ..models.style_tokens import save_style
-    from .style_options import blended, open_styles
+    from ..writing import check_place, write_or_rescue
+    from .style_options import blended, check_style_options, open_styles
 
     if args.output.suffix != ".safetensors":
         raise ConfigError(f"a style is saved as .safetensors, got {args.output.name!r}")
+    if not args.style:
+        raise ConfigError("give at least one --style picture")
+    check_place(args.output, overwrite=args.overwrite)
+    check_style_options(args)
     with tempfile.TemporaryDirectory() as scratch:
         styles = open_styles(args, open_models(args, Path(scratch)), args.prompt)
-    if not styles:
-        raise ConfigError("give at least one --style picture")
     style = blended(args, styles)
-    save_style(args.output, style, overwrite=args.overwrite)
+    write_or_rescue(args.output, lambda path: save_style(path, style, overwrite=args.overwrite))
     report = {"output": str(args.output), "tokens": list(style.tokens.shape[1:])}
     line = json.dumps(report) if args.json else f"wrote {args.output}: {report['tokens']} tokens"
     sys.stdout.write(line + "\n")

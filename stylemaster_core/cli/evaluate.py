@@ -31,7 +31,7 @@ NEEDED_COLUMNS = COLUMNS[:2]
 def add_parser(subparsers: Any) -> None:
     """Add `evaluate` to the command line."""
     parser = subparsers.add_parser("evaluate", description=__doc__)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kept="of the report, nothing was written")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--pairs",
@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from ..metrics.markdown import to_json, to_markdown
     from ..metrics.report import evaluate
     from ..pipelines.pictures import contact_sheet
+    from ..writing import check_folder
 
     if args.gates:
         return run_gates(args)
@@ -96,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not args.overwrite):
         raise ConfigError(f"{out} is there already; choose another --out, or pass --overwrite")
-    if not out.resolve().parent.is_dir():
-        raise ConfigError(f"there is no folder {out.parent} for the report; create it first")
+    check_folder(out.resolve().parent)
     networks = _networks(args)
     pictures = [f"row_{number:04d}.png" for number in range(len(rows))]
     with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".evaluate.") as scratch:

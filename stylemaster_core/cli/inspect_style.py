@@ -32,8 +32,11 @@ def run(args: argparse.Namespace) -> int:
     from ..data.images import read_image, write_image
     from ..pipelines.encode_style import encode_style
     from ..pipelines.pictures import selection_picture
-    from .style_options import texture_config
+    from ..writing import check_place, write_or_rescue
+    from .style_options import check_texture_options, texture_config
 
+    check_place(args.output, overwrite=args.overwrite)
+    check_texture_options(args)
     image, config = read_image(args.image), texture_config(args)
     with tempfile.TemporaryDirectory() as scratch:
         models = open_models(args, Path(scratch))
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     picture = selection_picture(
         image, encoded.similarity[0], encoded.kept[0], encoded.shuffled, crop=config.crop
     )
-    write_image(args.output, picture, overwrite=args.overwrite)
+    write_or_rescue(args.output, lambda path: write_image(path, picture, overwrite=args.overwrite))
     kept, patches = int(encoded.kept.sum()), encoded.kept.numel()
     if args.json:
         report = {"output": str(args.output), "kept": kept, "patches": patches}

@@ -32,7 +32,9 @@ def add_parser(subparsers: Any) -> None:
         subparsers: what `ArgumentParser.add_subparsers()` returned.
     """
     parser = subparsers.add_parser("queue", description=__doc__)
-    parser.set_defaults(run=run)
+    parser.set_defaults(
+        run=run, kept="results that are done stay, and the same command goes on from there"
+    )
     parser.add_argument("workflow", type=Path, help="workflow, exported in API format")
     parser.add_argument("--videos", type=Path, help="folder of videos, or one video")
     parser.add_argument("--styles", type=Path, help="folder of style images, or one image")

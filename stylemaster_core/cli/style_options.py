@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -19,9 +20,10 @@ from ..models.style_tokens import (
     load_style,
     styles_over_time,
 )
-from ..models.texture_selector import SelectionMode
+from ..models.texture_selector import SelectionMode, num_kept
 from ..pipelines.encode_style import TextureConfig, encode_style, encode_stylecrafter
 from ..pipelines.models import Models
+from ..seeds import check_seed
 from .model_options import parse_range
 
 
@@ -88,6 +90,33 @@ def add_style_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--style-strength", type=float, default=1.0, help="of the style branch")
     parser.add_argument("--style-range", type=parse_range, default=(0.0, 1.0), metavar="START:END")
     add_texture_options(parser)
+
+
+def check_style_options(args: argparse.Namespace) -> None:
+    """Refuse, before any model is loaded, what the options of the styles cannot mean.
+
+    Every picture and saved style is read once.
+
+    Raises:
+        StyleMasterError: naming the option or the file.
+    """
+    start, end = args.style_range
+    StyleRegion(torch.zeros(1, 1, 1), args.style_strength, start=start, end=end)
+    check_texture_options(args)
+    style_regions(args, [Style(torch.zeros(1, 1, 1))] * len(args.style))
+    for path in args.style:
+        load_style(path) if path.suffix == ".safetensors" else read_image(path)
+
+
+def check_texture_options(args: argparse.Namespace) -> None:
+    """Refuse settings of the style encoder that can never work.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    check_seed(args.style_seed, "--style-seed")
+    any_number = sys.maxsize if args.keep is None else max(args.keep, 1)
+    num_kept(any_number, args.selection, args.drop_rate, args.keep)
 
 
 def open_styles(args: argparse.Namespace, models: Models, prompt: str) -> list[Style]:

@@ -85,10 +85,48 @@ def find_models(
     return files
 
 
+def check_style_options(args: argparse.Namespace) -> None:
+    """Refuse, before any model is loaded, what the options of the styles cannot mean.
+
+    Every picture and saved style is read once.
+
+    Raises:
+        StyleMasterError: naming the option or the file.
+    """
+    import torch
+
+    from ..data.images import read_image
+    from ..models.decoupled_attention import StyleRegion
+    from ..models.style_tokens import load_style
+    from ..writing import check_place
+
+    if not args.style:
+        raise ConfigError("give at least one --style: a picture, or a saved style")
+    start, end = args.style_range
+    StyleRegion(torch.zeros(1, 1, 1), args.style_strength, start=start, end=end)
+    if args.style_mask and len(args.style_mask) != len(args.style):
+        raise ConfigError(
+            f"got {len(args.style_mask)} --style-mask for {len(args.style)} --style; give one for "
+            "each"
+        )
+    saved = [path for path in args.style if path.suffix == ".safetensors"]
+    if saved and not args.style_mask and len(args.style) > 1:
+        raise ConfigError(
+            "a saved style cannot be read together with others; give its pictures again, or a "
+            "--style-mask for each"
+        )
+    for path in (*args.style, *args.style_mask):
+        load_style(path) if path in saved else read_image(path)
+    if args.save_style is not None:
+        if len(args.style_mask) > 1:
+            raise ConfigError("--save-style keeps a single style; give it without --style-mask")
+        check_place(args.save_style, overwrite=args.overwrite)
+
+
 def style_regions(
     args: argparse.Namespace, adapter: StyleCrafterSdxl, image_encoder: Path, device: Any
 ) -> list[StyleRegion]:
-    """Styles of the options; pictures without masks are references of a single one."""
+    """Styles of checked options; pictures without masks are references of a single one."""
     import torch
 
     from ..data.images import read_image
@@ -98,15 +136,6 @@ def style_regions(
 
     saved = [path for path in args.style if path.suffix == ".safetensors"]
     masks = [torch.from_numpy(read_image(p)).float().mean(-1) / 255 for p in args.style_mask]
-    if masks and len(masks) != len(args.style):
-        raise ConfigError(
-            f"got {len(masks)} --style-mask for {len(args.style)} --style; give one for each"
-        )
-    if saved and not masks and len(args.style) > 1:
-        raise ConfigError(
-            "a saved style cannot be read together with others; give its pictures again, or a "
-            "--style-mask for each"
-        )
 
     def encode(paths: list[Path]) -> Any:
         if paths[0] in saved:
@@ -118,8 +147,6 @@ def style_regions(
 
     styles = [encode([path]) for path in args.style] if masks else [encode(args.style)]
     if args.save_style is not None:
-        if len(styles) > 1:
-            raise ConfigError("--save-style keeps a single style; give it without --style-mask")
         save_style(args.save_style, styles[0], overwrite=args.overwrite)
     start, end = args.style_range
     return [

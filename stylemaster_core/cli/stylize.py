@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ from .model_options import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..data.videos import VideoClip
+    from ..data.videos import VideoClip, VideoInfo
     from ..pipelines.stylize import StylizeConfig
 
 GENERATED_FPS = Fraction(16)  # Wan 2.1's frame rate
@@ -102,19 +103,49 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..data.videos import VIDEO_CODECS, as_fps, write_video
-    from ..pipelines.stylize import needed_files, stylize
-    from .style_options import open_styles, style_regions
+    from ..pipelines.stylize import check_config, needed_files, result_size, stylize
+    from ..writing import check_place, write_or_rescue
+    from .preflight import check_room, stand_in, try_writing
+    from .style_options import check_style_options, open_styles, style_regions
 
     started = time.perf_counter()
     task = _task(args)
-    if args.output.exists() and not args.overwrite:
-        raise ConfigError(f"{args.output} exists; choose another name, or pass --overwrite")
     wanted = {".png"} if task.endswith("image") else set(VIDEO_CODECS)
     if args.output.suffix.lower() not in wanted:
         raise ConfigError(f"{task} writes {', '.join(sorted(wanted))}; got {args.output.name!r}")
     fps = None if args.fps is None else as_fps(args.fps)
-    clip = _read_input(args, task, fps)
-    config = _config(args, task, None if clip is None else clip.frames)
+    check_place(args.output, overwrite=args.overwrite)
+    check_style_options(args)
+    info = _probe_input(args, task)
+    source = None if info is None else _source_size(args, info, fps)
+    blank = None if source is None else stand_in(source)
+    config = _config(args, task, blank)
+    check_config(config, blank)
+    size = result_size(config, source)
+    check_room(
+        args.output,
+        size,
+        source,
+        device=args.device,
+        video=task.endswith("video"),
+        option="--frames" if source is None else "--max-frames",
+    )
+
+    clip = _read_input(args, fps)
+
+    def write(path: Path, frames: np.ndarray) -> None:
+        times_s = None if clip is None else clip.times_s
+        write_video(
+            path,
+            frames,
+            fps=(fps or GENERATED_FPS) if clip is None else clip.fps,
+            times_s=None if times_s is None else times_s[: len(frames) + 1],
+            audio_from=None if clip is None else clip.audio_from,
+            audio_start_s=0.0 if clip is None else clip.start_s,
+            overwrite=args.overwrite,
+        )
+
+    try_writing(args.output, size, write)
     _say(args, f"{task}: {args.output.name}")
     with tempfile.TemporaryDirectory() as scratch:
         models = open_models(args, Path(scratch))
@@ -134,15 +165,7 @@ def run(args: argparse.Namespace) -> int:
             )
         finally:
             bar.close()
-    write_video(
-        args.output,
-        result.frames,
-        fps=(fps or GENERATED_FPS) if clip is None else clip.fps,
-        times_s=None if clip is None else clip.times_s,
-        audio_from=None if clip is None else clip.audio_from,
-        audio_start_s=0.0 if clip is None else clip.start_s,
-        overwrite=args.overwrite,
-    )
+    write_or_rescue(args.output, lambda path: write(path, result.frames))
     seconds = round(time.perf_counter() - started, 2)
     num_frames, height, width, _ = result.frames.shape
     if args.json:
@@ -181,7 +204,34 @@ def _task(args: argparse.Namespace) -> str:
     return implied
 
 
-def _read_input(args: argparse.Namespace, task: str, fps: Fraction | None) -> VideoClip | None:
+def _probe_input(args: argparse.Namespace, task: str) -> VideoInfo | None:
+    from ..data.videos import probe_video
+
+    if not args.video and (args.start_frame or args.max_frames):
+        raise ConfigError("--start-frame and --max-frames belong to --video")
+    if args.fps is not None and task.endswith("image"):
+        raise ConfigError(f"{task} makes a single picture; leave --fps out")
+    path = args.video or args.image
+    return None if path is None else probe_video(path)
+
+
+def _source_size(
+    args: argparse.Namespace, info: VideoInfo, fps: Fraction | None
+) -> tuple[int, int, int]:
+    """(frames, height, width) of what is read of the input."""
+    if args.start_frame < 0 or (args.max_frames is not None and args.max_frames < 1):
+        raise ConfigError(
+            f"--start-frame {args.start_frame}, --max-frames {args.max_frames}; expected at least "
+            "0 and 1"
+        )
+    count = info.num_frames if fps is None else math.ceil(info.duration_s * float(fps))
+    num_frames = max(count - args.start_frame, 1)
+    if args.image or args.max_frames is not None:
+        num_frames = min(num_frames, args.max_frames or 1)
+    return num_frames, info.height, info.width
+
+
+def _read_input(args: argparse.Namespace, fps: Fraction | None) -> VideoClip | None:
     from ..data.images import read_image
     from ..data.videos import VideoClip, read_video
 
@@ -189,10 +239,6 @@ def _read_input(args: argparse.Namespace, task: str, fps: Fraction | None) -> Vi
         return read_video(
             args.video, start_frame=args.start_frame, max_frames=args.max_frames, fps=fps
         )
-    if args.start_frame or args.max_frames:
-        raise ConfigError("--start-frame and --max-frames belong to --video")
-    if fps is not None and task.endswith("image"):
-        raise ConfigError(f"{task} makes a single picture; leave --fps out")
     if args.image:
         return VideoClip(read_image(args.image)[None], GENERATED_FPS)
     return None

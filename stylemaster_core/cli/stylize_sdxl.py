@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .model_options import add_lora_option, parse_size
 from .stylecrafter_options import (
     add_model_files,
     add_style_options,
+    check_style_options,
     find_models,
     say,
     style_regions,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Below ComfyUI's models folder.
 DEFAULT_FILES = {
@@ -68,17 +73,16 @@ def run(args: argparse.Namespace) -> int:
     from ..pipelines.models import choose_device
     from ..pipelines.stylize_sdxl import (
         SdxlConfig,
+        check_sdxl_config,
         load_adapter,
         load_sdxl,
         prepare_styles,
         stylize_sdxl,
     )
+    from ..writing import check_place, write_or_rescue
+    from .preflight import check_room, try_writing
 
     started = time.perf_counter()
-    if args.output.exists() and not args.overwrite:
-        raise ConfigError(f"{args.output} exists; choose another name, or pass --overwrite")
-    if not args.style:
-        raise ConfigError("give at least one --style: a picture, or a saved style")
     config = SdxlConfig(
         prompt=args.prompt,
         negative_prompt=args.negative_prompt,
@@ -88,7 +92,21 @@ def run(args: argparse.Namespace) -> int:
         text_scale=args.text_scale,
         style_scale=args.style_scale,
     )
+    check_sdxl_config(config)
+    check_style_options(args)
+    for path, scale in args.lora:
+        if not path.is_file() or not math.isfinite(scale):
+            raise ConfigError(f"--lora {path}:{scale}: expected a file and a finite strength")
     device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    check_place(args.output, overwrite=args.overwrite)
+    size = (1, *config.size)
+    check_room(args.output, size, None, device=args.device, video=False, option=None)
+
+    def write(path: Path, frames: np.ndarray) -> None:
+        write_image(path, frames[0], overwrite=args.overwrite)
+
+    try_writing(args.output, size, write)
     with tempfile.TemporaryDirectory() as scratch:
         files = find_models(args, DEFAULT_FILES, HELP, lambda: _random_files(Path(scratch)))
         say(args, "encoding the style")
@@ -96,7 +114,6 @@ def run(args: argparse.Namespace) -> int:
         styles = prepare_styles(
             adapter, style_regions(args, adapter, files["image_encoder"], device)
         )
-        dtype = choose_dtype(args.dtype, device)
         pipe = load_sdxl(files["sdxl"], device=device, dtype=dtype, loras=args.lora)
         bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
         with bar:
@@ -108,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
                 callback=lambda _: bar.update(),
                 stage=lambda name: say(args, name),
             )
-    write_image(args.output, picture, overwrite=args.overwrite)
+    write_or_rescue(args.output, lambda path: write(path, picture[None]))
     seconds = round(time.perf_counter() - started, 2)
     height, width, _ = picture.shape
     if args.json:

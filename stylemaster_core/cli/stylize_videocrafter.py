@@ -15,6 +15,7 @@ from .model_options import parse_size
 from .stylecrafter_options import (
     add_model_files,
     add_style_options,
+    check_style_options,
     find_models,
     say,
     style_regions,
@@ -95,14 +96,24 @@ def run(args: argparse.Namespace) -> int:
 
     from ..pipelines.models import choose_device, choose_dtype
     from ..pipelines.stylize_sdxl import load_adapter, prepare_styles
-    from ..pipelines.stylize_videocrafter import load_videocrafter, stylize_videocrafter
+    from ..pipelines.stylize_videocrafter import (
+        check_videocrafter_config,
+        load_videocrafter,
+        stylize_videocrafter,
+    )
+    from ..writing import check_place, write_or_rescue
+    from .preflight import try_writing
 
     started = time.perf_counter()
     _check_output(args)
-    if not args.style:
-        raise ConfigError("give at least one --style: a picture, or a saved style")
+    check_style_options(args)
     config = _config(args)
+    check_videocrafter_config(config)
     device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    check_place(args.output, overwrite=args.overwrite)
+    size = (args.frames, *config.size)
+    try_writing(args.output, size, lambda path, frames: _write(args, path, frames))
     with tempfile.TemporaryDirectory() as scratch:
         files = find_models(args, DEFAULT_FILES, HELP, lambda: _random_files(Path(scratch)))
         say(args, "encoding the style")
@@ -115,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             files["text_encoder"],
             temporal=args.temporal,
             device=device,
-            dtype=choose_dtype(args.dtype, device),
+            dtype=dtype,
         )
         bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
         with bar:
@@ -127,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
                 callback=lambda _: bar.update(),
                 stage=lambda name: say(args, name),
             )
-    _write(args, frames)
+    write_or_rescue(args.output, lambda path: _write(args, path, frames))
     seconds = round(time.perf_counter() - started, 2)
     num_frames, height, width, _ = frames.shape
     if args.json:
@@ -167,8 +178,6 @@ def _config(args: argparse.Namespace) -> Any:
 def _check_output(args: argparse.Namespace) -> None:
     from ..data.videos import VIDEO_CODECS
 
-    if args.output.exists() and not args.overwrite:
-        raise ConfigError(f"{args.output} exists; choose another name, or pass --overwrite")
     wanted = {".png", ".jpg", ".jpeg", ".webp"} if args.frames == 1 else set(VIDEO_CODECS)
     if args.output.suffix.lower() not in wanted:
         raise ConfigError(
@@ -177,14 +186,14 @@ def _check_output(args: argparse.Namespace) -> None:
         )
 
 
-def _write(args: argparse.Namespace, frames: Any) -> None:
+def _write(args: argparse.Namespace, path: Path, frames: Any) -> None:
     from ..data.images import write_image
     from ..data.videos import write_video
 
     if args.frames == 1:
-        write_image(args.output, frames[0], overwrite=args.overwrite)
+        write_image(path, frames[0], overwrite=args.overwrite)
     else:
-        write_video(args.output, frames, fps=args.save_fps, overwrite=args.overwrite)
+        write_video(path, frames, fps=args.save_fps, overwrite=args.overwrite)
 
 
 def _random_files(folder: Path) -> dict[str, Path]:

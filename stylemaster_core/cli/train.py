@@ -36,7 +36,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_trainer(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run)
+    kept = "checkpoints that are whole stay; --resume goes on from the latest"
+    parser.set_defaults(run=run, kept=kept)
     parser.add_argument("config", nargs="?", help="preset or JSON file; default: the preset")
     parser.add_argument("--data", type=Path, required=True, metavar="CACHE", help="encoded samples")
     parser.add_argument("--validation-data", type=Path, metavar="CACHE", help="held-out samples")

@@ -27,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
     """
     parser = subparsers.add_parser("weights", description=__doc__)
     parser.set_defaults(run=run)
+    parser.set_defaults(kept="files that are whole stay, and the same command goes on from there")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     listing = actions.add_parser("list", help="which files there are and which are present")
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         args: parsed arguments.
 
     Returns:
-        0; or 1 if `verify` found a file that is wrong, or a named one that is missing.
+        0; or 1 if `verify` found a file that is wrong or missing.
 
     Raises:
         StyleMasterError: if something could not be done.
@@ -162,14 +163,18 @@ def _download(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     models_dir = _models_dir(args)
-    rows = [_verify_one(entry, models_dir) for entry in _chosen(args.ids, args.task)]
+    entries = _chosen(args.ids, args.task)
+    rows = [_verify_one(entry, models_dir) for entry in entries]
     if args.json:
         _say(json.dumps(rows, indent=2))
     else:
         for row in rows:
             _say(f"{row['status']:<13} {row['id']:<26} {row['path']}")
-    bad = {"different", "missing"} if args.ids else {"different"}
-    return int(any(row["status"] in bad for row in rows))
+    # Of a file and its alternatives one is enough, unless they were named.
+    groups = [entry.id if args.ids else entry.alternative_to or entry.id for entry in entries]
+    there = {g for g, row in zip(groups, rows, strict=True) if row["status"] != "missing"}
+    is_different = any(row["status"] == "different" for row in rows)
+    return int(is_different or bool(set(groups) - there))
 
 
 def _verify_one(entry: WeightEntry, models_dir: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..seeds import check_seed
 from .images import check_aspect
 
 RESOLUTION_PX = 512
@@ -22,24 +22,25 @@ def content_shuffle(image: np.ndarray, *, seed: int) -> np.ndarray:
     Args:
         image: uint8 [H, W, 3].
         seed: of the flow; the same as `np.random.seed(seed)` before the release's code, which
-            draws from the global generator.
+            draws from the global generator; beyond 32 bits, as with the two halves of the seed.
 
     Returns:
         uint8 [H', W', 3], the short side about 512, both sides multiples of 64.
 
     Raises:
         LayoutError: if `image` is not uint8 [H, W, 3], is empty, or thinner than 50:1.
-        ConfigError: if `seed` is not in 0..2**32-1.
+        ConfigError: if `seed` is not in 0..2**64-1.
 
     Source: ControlNet 1.1's content shuffle, as StyleMaster's release uses it; deviation: own
     arithmetic in place of OpenCV, so that it need not be installed: at most one gray level, save
     single columns that OpenCV rounds to the neighbouring pixel in a few sizes.
     """
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"content shuffle seed {seed}; expected 0 to {2**32 - 1}")
+    check_seed(seed, "seed of the content shuffle")
     resized = _resize_short_side(check_aspect(image))
     height, width, _ = resized.shape
-    generator = np.random.RandomState(seed)
+    # The generator takes 32 bits as a number, and more as a list of such numbers.
+    words = seed if seed < 2**32 else [seed % 2**32, seed >> 32]
+    generator = np.random.RandomState(words)
     # x is drawn before y: the order decides which numbers each gets.
     x = _smooth_noise(generator, height, width) * (width - 1)
     y = _smooth_noise(generator, height, width) * (height - 1)

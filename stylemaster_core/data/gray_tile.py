@@ -61,7 +61,7 @@ def gray_tile(frames: np.ndarray, height: int, width: int, *, factor: int = 8) -
         raise ConfigError(f"gray tile factor {factor}; expected 1 or more (the release has 8)")
     if height < factor or width < factor:
         raise ConfigError(
-            f"a video of {height} x {width} pixels is smaller than one tile of {factor}; "
+            f"a video of {width} x {height} pixels is smaller than one tile of {factor}; "
             "use a larger size or a smaller factor"
         )
     tile = np.empty((len(frames), height, width), dtype=np.uint8)

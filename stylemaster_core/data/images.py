@@ -56,7 +56,7 @@ def check_aspect(image: np.ndarray) -> np.ndarray:
     height, width, _ = check_image(image).shape
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise LayoutError(
-            f"the image of {height} x {width} pixels is too thin; cut it to a ratio below "
+            f"the image of {width} x {height} pixels is too thin; cut it to a ratio below "
             f"{MAX_ASPECT}:1"
         )
     return image
@@ -96,7 +96,12 @@ def read_image(path: str | Path) -> np.ndarray:
         raise LayoutError(
             f"{path} is not an image that Pillow can read; give PNG or JPEG"
         ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise LayoutError(
+            f"the image {path} has more pixels than are read ({error}); scale it down to at most "
+            f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise LayoutError(
             f"the image {path} cannot be read ({error}); it may be damaged"
         ) from error

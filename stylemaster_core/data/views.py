@@ -115,7 +115,7 @@ def _cells(
     height, width = pixels.shape
     if height % rows or width % columns:
         raise LayoutError(
-            f"a picture of {height} x {width} pixels cannot be cut into {rows} x {columns} equal "
+            f"a picture of {width} x {height} pixels cannot be cut into {rows} x {columns} equal "
             "cells; choose another size or grid"
         )
     cells = pixels.reshape(rows, height // rows, columns, width // columns).swapaxes(1, 2)

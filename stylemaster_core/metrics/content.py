@@ -111,7 +111,7 @@ def _pair(frames: np.ndarray, content: np.ndarray, smallest: int) -> tuple[Tenso
         )
     if min(frames.shape[1:3]) < smallest:
         raise LayoutError(
-            f"frames of {frames.shape[1]} x {frames.shape[2]} pixels are too small; expected at "
+            f"frames of {frames.shape[2]} x {frames.shape[1]} pixels are too small; expected at "
             f"least {smallest} x {smallest}"
         )
     first, second = (torch.from_numpy(luma(x)).double()[:, None] for x in (frames, content))

@@ -64,7 +64,7 @@ def texture_signature(frames: np.ndarray) -> np.ndarray:
     pixels = luma(frames)
     if min(pixels.shape[1:]) < 16:
         raise LayoutError(
-            f"frames of {pixels.shape[1]} x {pixels.shape[2]} pixels are too small to compare "
+            f"frames of {pixels.shape[2]} x {pixels.shape[1]} pixels are too small to compare "
             "textures; expected at least 16 x 16"
         )
     energies = []

@@ -90,7 +90,7 @@ def select_patches(
         )
     batch, num_patches = patch_features.shape[:2]
     first = 0 if include_cls else 1
-    num_keep = _num_kept(num_patches - first, mode, drop_rate, keep)
+    num_keep = num_kept(num_patches - first, mode, drop_rate, keep)
     if similarity is None and mode in ("release", "paper"):
         if prompt_features is None:
             raise ConfigError(f"texture selection {mode!r} ranks patches by the prompt: give one")
@@ -114,7 +114,12 @@ def select_patches(
     return Selection((order + first).sort(-1).values, similarity)
 
 
-def _num_kept(candidates: int, mode: str, drop_rate: float | None, keep: int | None) -> int:
+def num_kept(candidates: int, mode: str, drop_rate: float | None, keep: int | None) -> int:
+    """How many of the candidates are kept.
+
+    Raises:
+        ConfigError: for a share or number that cannot be.
+    """
     if drop_rate is not None and keep is not None:
         raise ConfigError("give a drop rate or a number of patches to keep, not both")
     if mode == "all":

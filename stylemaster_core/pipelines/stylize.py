@@ -30,6 +30,7 @@ from ..sampling.denoise import Callback, denoise
 from ..sampling.samplers import SamplerName
 from ..sampling.schedules import add_noise, flow_match_sigmas
 from ..sampling.windows import WindowConfig
+from ..seeds import LOWEST_OF_TORCH, check_seed
 from .models import Models
 
 Task = Literal["text-to-video", "video-to-video", "text-to-image", "image-to-image"]
@@ -166,13 +167,9 @@ def _prepare_frames(
     config: StylizeConfig, frames: np.ndarray | None
 ) -> tuple[np.ndarray | None, Padding]:
     """Padded input frames (None without input) and the size to cut the result back to."""
-    _check(config, frames)
+    check_config(config, frames)
     if frames is None:
-        height, width = config.size or DEFAULT_SIZE
-        num_frames = (
-            1 if config.task == "text-to-image" else config.num_frames or DEFAULT_NUM_FRAMES
-        )
-        return None, Padding(num_frames, height, width)
+        return None, Padding(*result_size(config, None))
     if config.size is not None:
         frames = cover_resize_frames(frames, *config.size)
     return pad_video(frames)
@@ -188,8 +185,26 @@ def _style_scale(config: StylizeConfig, control: bool) -> float:
     return 3.0 if control else 4.0
 
 
-def _check(config: StylizeConfig, frames: np.ndarray | None) -> None:
-    """Refuse settings and inputs that contradict the task, instead of changing it."""
+def result_size(config: StylizeConfig, source: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """(frames, height, width) of the result; `source` is the same of the input, None without."""
+    if source is not None:
+        height, width = config.size or source[1:]
+        return source[0], height, width
+    height, width = config.size or DEFAULT_SIZE
+    num_frames = 1 if config.task == "text-to-image" else config.num_frames or DEFAULT_NUM_FRAMES
+    return num_frames, height, width
+
+
+def check_config(config: StylizeConfig, frames: np.ndarray | None) -> None:
+    """Refuse settings and inputs that cannot work, or contradict the task; nothing is loaded.
+
+    Args:
+        config: settings.
+        frames: the input, or an array of its shape and type; None without.
+
+    Raises:
+        ConfigError, LayoutError: saying what was expected.
+    """
     task = config.task
     if task not in get_args(Task):
         raise ConfigError(f"the task {task!r} is unknown; use one of {get_args(Task)}")
@@ -218,7 +233,8 @@ def _check(config: StylizeConfig, frames: np.ndarray | None) -> None:
         raise ConfigError(f"the number of frames must be at least 1, got {config.num_frames}")
     if config.size is not None and min(config.size) < 16:
         raise ConfigError(
-            f"the size must be at least 16 x 16 px, one patch of latents, got {config.size}"
+            f"the size must be at least 16 x 16 px, one patch of latents, got "
+            f"{config.size[1]} x {config.size[0]}"
         )
     if frames is not None and min(frames.shape[1:3]) < 16:
         raise LayoutError(
@@ -228,5 +244,15 @@ def _check(config: StylizeConfig, frames: np.ndarray | None) -> None:
         value = getattr(config, name)
         if value is not None and not abs(value) < float("inf"):
             raise ConfigError(f"{name.replace('_', ' ')} must be a finite number, got {value}")
+    flow_match_sigmas(config.num_steps, shift=config.shift, denoise=config.denoise)
+    check_seed(config.seed, lowest=LOWEST_OF_TORCH)
+    start, end = config.control_range
+    if not 0 <= start <= end <= 1:
+        raise ConfigError(
+            f"the control range must satisfy 0 <= start <= end <= 1, got {start}:{end}"
+        )
+
+    if config.tile_factor < 1:
+        raise ConfigError(f"the tile factor must be at least 1, got {config.tile_factor}")
     if config.control_scale < 0:
         raise ConfigError(f"the control scale must not be negative, got {config.control_scale}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..models.stylecrafter_sdxl import (
     load_stylecrafter_video,
 )
 from ..sampling.denoise_image import ImageText, denoise_image
+from ..seeds import LOWEST_OF_TORCH, check_seed
 from ..weights.state_dict import describe_kind, detect_kind, shapes_of, strip_prefix
 
 NEGATIVE_PROMPT = "monochrome, lowres, bad anatomy, worst quality, low quality"
@@ -42,6 +44,25 @@ class SdxlConfig:
     num_steps: int = 30
     text_scale: float = 7.5
     style_scale: float = 5.0  # 0: as equal to text_scale
+
+
+def check_sdxl_config(config: SdxlConfig) -> None:
+    """Refuse settings that cannot work; nothing is loaded.
+
+    Raises:
+        ConfigError: saying what was expected.
+    """
+    height, width = config.size
+    if height < 64 or width < 64 or height % 8 or width % 8:
+        raise ConfigError(f"the size must be multiples of 8, at least 64, got {width}x{height}")
+    if config.num_steps < 1:
+        raise ConfigError(f"the number of steps must be at least 1, got {config.num_steps}")
+    for name in ("text_scale", "style_scale"):
+        if not math.isfinite(getattr(config, name)):
+            raise ConfigError(
+                f"{name.replace('_', ' ')} must be a finite number, got {getattr(config, name)}"
+            )
+    check_seed(config.seed, lowest=LOWEST_OF_TORCH)
 
 
 class PreparedStyle(NamedTuple):
@@ -221,11 +242,8 @@ def stylize_sdxl(
     Source: StyleCrafter's SDXL code; deviation: the order of width and height in `original_size` is
     SDXL's own.
     """
+    check_sdxl_config(config)
     height, width = config.size
-    if height < 64 or width < 64 or height % 8 or width % 8:
-        raise ConfigError(f"the size must be multiples of 8, at least 64, got {width}x{height}")
-    if config.num_steps < 1:
-        raise ConfigError(f"the number of steps must be at least 1, got {config.num_steps}")
     from ..models.sdxl_unet import check_unet
 
     check_unet(pipe.unet, adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..models.sd_parts import LATENT_SCALE, TextEncoder, load_sd2_text, load_sd_
 from ..models.stylecrafter_sdxl import StyleCrafterSdxl
 from ..models.videocrafter_unet import NUM_FRAMES, VideoCrafterUNet, load_videocrafter_unet
 from ..sampling.denoise_video import denoise_video
+from ..seeds import LOWEST_OF_TORCH, check_seed
 from ..weights.files import read_state_dict
 from ..weights.state_dict import Kind, describe_kind, detect_kind, shapes_of, strip_prefix
 from .stylize_sdxl import PreparedStyle
@@ -47,6 +49,25 @@ class VideoCrafterConfig:
             text if self.text_scale is None else self.text_scale,
             style if self.style_scale is None else self.style_scale,
         )
+
+
+def check_videocrafter_config(config: VideoCrafterConfig) -> None:
+    """Refuse settings that can never work; nothing is loaded.
+
+    Raises:
+        ConfigError: saying what was expected.
+    """
+    if config.num_frames < 1 or config.num_steps < 1:
+        raise ConfigError(
+            f"the numbers of frames and steps must be at least 1, got {config.num_frames} and "
+            f"{config.num_steps}"
+        )
+    numbers = {"eta": config.eta, "fps": config.fps}
+    numbers |= dict(zip(("text scale", "style scale"), config.scales, strict=True))
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ConfigError(f"{name} must be a finite number, got {value}")
+    check_seed(config.seed, lowest=LOWEST_OF_TORCH)
 
 
 class VideoCrafter(NamedTuple):
@@ -138,8 +159,7 @@ def stylize_videocrafter(
         raise ConfigError(
             f"the size must be multiples of {step}, at least {step}, got {width}x{height}"
         )
-    if config.num_frames < 1:
-        raise ConfigError(f"the number of frames must be at least 1, got {config.num_frames}")
+    check_videocrafter_config(config)
     check_unet(models.unet, adapter)
     device, dtype = models.unet.device, models.unet.dtype
     stage("encoding the prompt")

@@ -260,6 +260,12 @@ def _format_of(path: Path) -> str:
         return "safetensors"
     if head.startswith(_LEGACY_PICKLE_MAGIC):
         return "pickle"
+    if head.startswith(b"GGUF"):
+        raise WeightsError(
+            f"{path} is a GGUF file, a format of quantised weights that is not read here. In "
+            "ComfyUI load it with Unet Loader (GGUF) of the pack ComfyUI-GGUF and link its MODEL "
+            "to Apply Style; on the command line give the model's .safetensors file."
+        )
     if head.startswith(b"version https://git-lfs"):
         found = "a Git LFS pointer; the file itself was never fetched (run `git lfs pull`)"
     elif head.lstrip().startswith(b"<"):

@@ -305,7 +305,19 @@ def test_processes_share_the_shards(counted, tmp_path):
         write_cache(tmp_path / "two", plan, process=(2, 2))
 
 
-def test_resumes_after_a_kill(counted, tmp_path):
+def test_the_shuffle_takes_seeds_of_64_bits():
+    picture = demo_styles(64)["mosaic"]
+    shuffled = [
+        content_shuffle(picture, seed=seed) for seed in (7, 7 + 2**32, 7 + 2**63, 2**64 - 1)
+    ]
+    for number, first in enumerate(shuffled):
+        assert not any(np.array_equal(first, second) for second in shuffled[number + 1 :])
+    for seed in (-1, 2**64):
+        with pytest.raises(ConfigError, match="seed of the content shuffle"):
+            content_shuffle(picture, seed=seed)
+
+
+def test_killed_at_anys_after_a_kill(counted, tmp_path):
     class Killed(BaseException):
         pass
 

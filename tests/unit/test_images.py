@@ -28,6 +28,14 @@ def test_written_images_read_back(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["image.png"]
 
 
+def test_a_picture_that_is_too_large_is_not_called_damaged(tmp_path, monkeypatch):
+    write_image(tmp_path / "large.png", some_image(40, 30))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(LayoutError, match="more pixels than are read.*at most 1,000") as caught:
+        read_image(tmp_path / "large.png")
+    assert "damaged" not in str(caught.value)
+
+
 def test_orientation_of_cameras_is_honoured(tmp_path):
     image = some_image(4, 6)
     exif = Image.Exif()

@@ -280,6 +280,44 @@ def test_small_sizes_are_those_of_the_small_unet(small):
     assert shapes_of(tensors) == expected_stylecrafter_sdxl_shapes(small_adapter_sizes())
 
 
+REFUSED = {
+    "ending": (["{tmp}/out.xyz"], "'.xyz'"),
+    "no ending": (["{tmp}/out"], "''"),
+    "folder": (["{tmp}"], "is a folder"),
+    "steps": (["--steps", "0"], "at least 1"),
+    "range": (["--style-range", "0.9:0.1"], "start <= end"),
+    "strength": (["--style-strength", "nan"], "finite"),
+    "text scale": (["--text-scale", "nan"], "finite"),
+    "style scale": (["--style-scale", "inf"], "finite"),
+    "seed": (["--seed", str(2**64)], "expected"),
+    "size": (["--size", "90x90"], "multiples of 8"),
+    "memory": (["--size", "8000000x8000000"], "pass --size"),
+    "style": (["--style", "absent.png"], "absent.png"),
+    "mask": (["--style-mask", "absent.png"], "absent.png"),
+    "lora": (["--lora", "absent.safetensors:0.5"], "absent.safetensors"),
+    "saved style": (["--save-style", "{tmp}"], "is a folder"),
+    "device": (["--device", "cuda:99"], "cuda:99"),
+    "dtype": (["--dtype", "int8"], "int8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_be_known_is_refused_before_any_model_is_loaded(
+    name, tmp_path, capsys, monkeypatch
+):
+    def load(*args):
+        raise AssertionError("a model was asked for")
+
+    monkeypatch.setattr("stylemaster_core.cli.stylize_sdxl.find_models", load)
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    options, message = REFUSED[name]
+    options = [option.replace("{tmp}", str(tmp_path)) for option in options]
+    output = [str(tmp_path / "out.png")] if options[0].startswith("--") else []
+    assert main(["stylize-sdxl", *output, "--style", str(tmp_path / "a.png"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_command_line(small, converted, tmp_path, capsys):
     Image.fromarray(picture(0)).save(tmp_path / "a.png")
     Image.fromarray(picture(1)).save(tmp_path / "b.png")

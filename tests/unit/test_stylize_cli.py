@@ -1,7 +1,9 @@
 """The command line as a user runs it: every task, small random weights, a video with audio."""
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -12,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from stylemaster_core import writing
 from stylemaster_core.cli import main
 from stylemaster_core.data.demo_scene import demo_clip, demo_styles
 from stylemaster_core.data.images import read_image, write_image
 from stylemaster_core.data.videos import probe_video, read_video, write_video
+from stylemaster_core.errors import UnsupportedHostError
 from stylemaster_core.models.small import write_small_models
 from stylemaster_core.weights.files import write_state_dict
 
@@ -285,6 +289,104 @@ def test_bad_input(name, inputs, files, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "a.safetensors") == [
         "notes.mp4"
     ]
+
+
+REFUSED = {
+    "out.mp4 is a folder": ([], "is a folder"),
+    "no right to write": (["{closed}/out.mp4"], "cannot be written"),
+    "a file for a folder": (["{style}/out.mp4"], "cannot be written: Not a directory"),
+    "unknown ending": (["{tmp}/out.xyz"], "out.xyz"),
+    "no steps": (["--steps", "0"], "at least 1"),
+    "style range": (["--style-range", "0.9:0.1"], "start <= end"),
+    "control range": (["--video", "{clip}", "--control-range", "0.9:0.1"], "start <= end"),
+    "denoise": (["--video", "{clip}", "--denoise", "0"], "denoise must be above 0"),
+    "nan denoise": (["--video", "{clip}", "--denoise", "nan"], "denoise must be above 0"),
+    "nan style scale": (["--style-scale", "nan"], "finite"),
+    "nan strength": (["--style-strength", "nan"], "finite"),
+    "nan control scale": (["--video", "{clip}", "--control-scale", "nan"], "finite"),
+    "infinite shift": (["--shift", "inf"], "positive and finite"),
+    "seed": (["--seed", str(2**64)], "expected"),
+    "style seed": (["--style-seed", str(2**64)], "--style-seed"),
+    "tile factor": (["--video", "{clip}", "--tile-factor", "0"], "tile factor"),
+    "drop rate": (["--drop-rate", "1.5"], "below 1"),
+    "missing style": (["--style", "absent.png"], "absent.png"),
+    "missing mask": (["--style-mask", "absent.png"], "absent.png"),
+    "weights": (["--style-weight", "1", "--style-weight", "1"], "2 weights"),
+    "start frame": (["--video", "{clip}", "--start-frame", "-1"], "at least 0 and 1"),
+    "max frames": (["--video", "{clip}", "--max-frames", "0"], "at least 0 and 1"),
+    "memory": (["--frames", "4000001", "--size", "4096x4096"], "pass --frames"),
+    "memory of a video": (["--video", "{clip}", "--size", "900000x900000"], "pass --size"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_be_known_is_refused_before_any_model_is_loaded(
+    name, inputs, tmp_path, capsys, monkeypatch
+):
+    def load(*args):
+        raise AssertionError("a model was asked for")
+
+    monkeypatch.setattr("stylemaster_core.cli.stylize.open_models", load)
+    options, message = REFUSED[name]
+    places = {
+        "{clip}": str(inputs / "clip.mp4"),
+        "{style}": str(inputs / "style.png"),
+        "{tmp}": str(tmp_path),
+        "{closed}": "/proc",
+    }
+    for key, place in places.items():
+        options = [option.replace(key, place) for option in options]
+    if options[:1] and not options[0].startswith("--"):
+        output = options.pop(0)
+    else:
+        output = tmp_path / "out.mp4"
+    if name == "out.mp4 is a folder":
+        output.mkdir()
+    style = ("--style", inputs / "style.png", "--size", "32x32", "--overwrite")
+    assert run("stylize", output, *style, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_encoder_that_is_missing_is_known_before_any_model_is_loaded(
+    inputs, tmp_path, capsys, monkeypatch
+):
+    def refuse(*args, **options):
+        raise UnsupportedHostError("this PyAV has no encoder")
+
+    monkeypatch.setattr("stylemaster_core.data.videos.write_video", refuse)
+    options = ("--style", inputs / "style.png", "--video", inputs / "clip.mp4")
+    assert run("stylize", tmp_path / "out.mp4", *options, "--models-dir", tmp_path) == 2
+    assert "this PyAV has no encoder" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_made_and_a_disk_that_fills_up_costs_no_result(
+    inputs, files, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "new" / "folder" / "out.png"
+    options = ("--size", "32x32", "--style", inputs / "style.png", *QUICK, *files)
+    assert run("stylize", output, *options) == 0
+    whole = read_image(output)
+    output.unlink()
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(kept))
+    replace = writing.publish
+
+    def full(part, path, **options):
+        if path.is_relative_to(output.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(part, path, **options)
+
+    monkeypatch.setattr(writing, "publish", full)
+    capsys.readouterr()
+    assert run("stylize", output, *options) == 2
+    message = capsys.readouterr().err
+    (rescued,) = kept.glob("stylemaster-*/out.png")
+    assert f"{output} cannot be written: No space left on device" in message
+    assert f"The result is kept: {rescued}" in message and "Traceback" not in message
+    assert np.array_equal(read_image(rescued), whole)
+    assert not list(output.parent.iterdir())
 
 
 def test_existing_output_is_kept(inputs, files, tmp_path, capsys):

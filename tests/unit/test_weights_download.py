@@ -355,6 +355,9 @@ def test_cli_download_verify_list(command, tmp_path, hub):
     (tmp_path / "vae" / "my file.safetensors").write_bytes(b"spoiled")
     code, out = command("verify", "main", *where)
     assert code == 1 and out.startswith("different")
+    (tmp_path / "vae" / "my file.safetensors").unlink()
+    assert command("verify", *where)[0] == 1, "neither the file nor its alternative is there"
+    assert command("verify", "--for", "train", *where)[0] == 1
 
 
 def test_cli_verifies_against_the_noted_hash(command, tmp_path, hub):

@@ -157,6 +157,12 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path, content):
         read_state_dict(tmp_path / "x.pt")
 
 
+def test_a_gguf_file_is_named_and_how_to_load_it(tmp_path):
+    (tmp_path / "wan.gguf").write_bytes(b"GGUF\x03" + bytes(100))
+    with pytest.raises(WeightsError, match=r"GGUF file.*Unet Loader \(GGUF\).*safetensors"):
+        read_state_dict(tmp_path / "wan.gguf")
+
+
 def test_nothing_is_overwritten_unless_asked(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_text("precious")
