@@ -88,6 +88,17 @@ class ModelFiles:
             )
 
 
+# Hooks make cycles, which only the collector frees; it takes a second, so a small model waits.
+GARBAGE_BYTES = 256 * 2**20
+
+
+def _num_bytes(model: Any) -> int:
+    module = model if isinstance(model, torch.nn.Module) else getattr(model, "model", None)
+    if not isinstance(module, torch.nn.Module):
+        return 2**63  # not known: take it for a large one
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
 def choose_device(device: str = "auto") -> torch.device:
     """`auto` is CUDA, else MPS, else the CPU.
 
@@ -169,8 +180,9 @@ class Models:
             yield self._kept[name]
         finally:
             if not self.keep_loaded:
-                self._kept.pop(name, None)
-                gc.collect()
+                size = _num_bytes(self._kept.pop(name, None))
+                if size > GARBAGE_BYTES:
+                    gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
 

@@ -14,6 +14,7 @@ from stylemaster_core.data.demo_scene import demo_clip, demo_styles
 from stylemaster_core.data.images import read_image, write_image
 from stylemaster_core.data.videos import read_video, write_video
 from stylemaster_core.models.style_tokens import load_style
+from stylemaster_core.pipelines import models as models_module
 from stylemaster_core.pipelines import tiny
 from stylemaster_core.pipelines.encode_style import encode_style
 from stylemaster_core.pipelines.models import Models
@@ -119,3 +120,14 @@ def test_demo_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert run("demo", "--out", tmp_path / "demo") == 2
     assert "make tiny" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+def test_garbage_is_collected_after_large_models_alone(monkeypatch):
+    collected = []
+    monkeypatch.setattr(models_module.gc, "collect", lambda: collected.append(1))
+    models = Models(tiny_files(), device="cpu")
+    for limit, times in ((models_module.GARBAGE_BYTES, 0), (0, 1)):
+        monkeypatch.setattr(models_module, "GARBAGE_BYTES", limit)
+        with models.vae():
+            pass
+        assert len(collected) == times
