@@ -15,16 +15,15 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
 from ..stylemaster_core.data.images import read_image
+from ..stylemaster_core.data.media_files import IMAGE_ENDINGS, VIDEO_ENDINGS, is_hidden
 from ..stylemaster_core.data.pairs import RECORDS, read_pairs
 from ..stylemaster_core.data.samples import (
-    VIDEO_ENDINGS,
     Sample,
     find_pictures,
     read_samples,
     write_samples,
 )
 from ..stylemaster_core.data.still_videos import still_samples
-from ..stylemaster_core.data.videos import IMAGE_ENDINGS
 from .layouts import pictures_to_image
 from .paths import check_choice, fingerprint, new_inside
 from .sockets import schema
@@ -68,7 +67,11 @@ def sources() -> list[str]:
 
 
 def _walk(root: str) -> list[tuple[str, list[str]]]:
-    return sorted((folder, sorted(names)) for folder, _, names in os.walk(root))
+    return sorted(
+        (folder, sorted(name for name in names if not name.startswith(".")))
+        for folder, _, names in os.walk(root)
+        if not is_hidden(Path(folder), Path(root))
+    )
 
 
 def _any_ends(names: Iterable[str], endings: Iterable[str]) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..stylemaster_core.data.media_files import MOVING_ENDINGS, is_hidden, media_files
 from ..stylemaster_core.errors import ConfigError
 from ..stylemaster_core.pipelines.pictures import contact_sheet
 from .layouts import frames_to_image, image_to_frames, sound_to_audio
@@ -20,7 +21,6 @@ from .sockets import schema
 
 logger = logging.getLogger("stylemaster")
 
-VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 NUM_RESULTS = 4
 
 
@@ -30,9 +30,13 @@ def video_folders() -> list[str]:
     found = [
         os.path.relpath(folder, root)
         for folder, _, names in os.walk(root)
-        if any(name.lower().endswith(VIDEO_ENDINGS) for name in names)
+        if not is_hidden(Path(folder), Path(root)) and any(_is_video(name) for name in names)
     ]
     return [".", *sorted(name for name in found if name != ".")]
+
+
+def _is_video(name: str) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in MOVING_ENDINGS
 
 
 def video_of_folder(folder: str, index: int) -> Path:
@@ -46,14 +50,11 @@ def video_of_folder(folder: str, index: int) -> Path:
     place = find_inside(folder, [root])
     if place is None or not place.is_dir():
         raise ConfigError(f"there is no folder {folder!r} in {root}; put the videos there")
-    names = sorted(
-        (name for name in os.listdir(place) if name.lower().endswith(VIDEO_ENDINGS)),
-        key=str.lower,
-    )
+    names = sorted((path.name for path in media_files(place, MOVING_ENDINGS)), key=str.lower)
     if not 0 <= index < len(names):
         raise ConfigError(
             f"there is no video {index} in {place}: it holds {len(names)} "
-            f"({', '.join(VIDEO_ENDINGS)}), counted from 0"
+            f"({', '.join(sorted(MOVING_ENDINGS))}), counted from 0"
             + ("; set the index to 0 to begin again" if names else "; put videos there")
         )
     video = find_inside(f"{folder}/{names[index]}", [root])

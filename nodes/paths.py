@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import folder_paths
@@ -20,6 +20,7 @@ STYLES_SUBFOLDER = "styles"
 
 LINKED = "(linked)"  # in the place of a file's name: another node gives it
 
+_MAX_RACES = 100
 _SEPARATORS = re.compile(r"[/\\]")
 
 
@@ -149,6 +150,27 @@ def check_choice(value: str, choices: Collection[str], socket: str) -> None:
     """
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{socket} is {value!r:.80}; expected one of {', '.join(choices)}")
+
+
+def save_numbered(prefix: str, save: Callable[[Path], Path]) -> Path:
+    """Save a style under the next number, or the one after it where somebody else was faster.
+
+    Args:
+        prefix: as `new_style_file`.
+        save: writes to a path, over nothing, and returns it.
+
+    Raises:
+        ConfigError: as `new_style_file`.
+        WeightsError: if it cannot be saved.
+    """
+    for _ in range(_MAX_RACES):
+        path = new_style_file(prefix)
+        try:
+            return save(path)
+        except WeightsError:
+            if not os.path.lexists(path):
+                raise
+    raise WeightsError(f"{prefix!r}: others take each next number first; choose another name")
 
 
 def new_style_file(prefix: str) -> Path:

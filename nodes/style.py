@@ -19,7 +19,7 @@ from ..stylemaster_core.models.style_tokens import (
 from ..stylemaster_core.models.texture_selector import RELEASE_DROP_RATE, SelectionMode
 from .conditionings import Conditioning
 from .layouts import pictures_to_image
-from .paths import STYLES, check_choice, fingerprint, model_file, model_names, new_style_file
+from .paths import STYLES, check_choice, fingerprint, model_file, model_names, save_numbered
 from .sockets import (
     StyleAdapter,
     StyleAdapterSocket,
@@ -274,7 +274,7 @@ class SaveStyle(io.ComfyNode):
 
     @classmethod
     def execute(cls, style: Style, filename_prefix: str) -> io.NodeOutput:
-        path = save_style(new_style_file(filename_prefix), style)
+        path = save_numbered(filename_prefix, lambda path: save_style(path, style))
         return io.NodeOutput(path.name, ui={"text": [path.name]})
 
 

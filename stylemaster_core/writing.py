@@ -27,6 +27,8 @@ _ADVICE = {
     errno.EDQUOT: "make room, or choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+# What `os.link` says on FAT and on some network drives, which know no hard links.
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _MAX_STEM = 40  # characters of a hidden name; 255 bytes is the usual limit of a whole name
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _OWNER = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]+\.part")
@@ -77,18 +79,28 @@ def publish(part: Path, path: Path, *, overwrite: bool) -> None:
         os.replace(part, path)
         return
     try:
-        try:
-            os.link(part, path)
-        except FileExistsError:
-            raise
-        except OSError:  # FAT and some network drives know no hard links
-            _move_over_claim(part, path)
-        else:
-            part.unlink()
+        move_new(part, path)
     except FileExistsError as error:
         raise ConfigError(
             f"{path} appeared while it was being written, and is left as it is; choose another name"
         ) from error
+
+
+def move_new(part: Path, path: Path) -> None:
+    """Move a file to a name that must be free; of several processes, one succeeds.
+
+    Raises:
+        FileExistsError: if the name is taken; `part` is left as it is.
+        OSError: if the disk does not take it.
+    """
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _move_over_claim(part, path)
+    else:
+        part.unlink()
 
 
 def _move_over_claim(part: Path, path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Iterable
 from contextlib import closing
@@ -101,6 +102,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="GIB",
         help="largest result file that is fetched, in GiB; default: 8",
     )
+    parser.add_argument(
+        "--redo",
+        action="store_true",
+        help="run all jobs again; without it, those whose results are still there are left out",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only list the jobs")
     parser.add_argument("--json", action="store_true", help="a JSON line for each job, for scripts")
 
@@ -118,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         StyleMasterError: if an option, the workflow or an input cannot work, or no server answers.
     """
     from ..queue.client import ComfyClient
-    from ..queue.journal import Journal, read_journal
+    from ..queue.journal import Journal, is_done, read_journal
     from ..queue.runner import RunConfig
 
     _check(args)
@@ -134,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--server names the same server twice; see --per-server instead.")
     jobs = _jobs(args)
     if args.dry_run:
-        _list_jobs(jobs, read_journal(args.out), args.json)
+        records = {} if args.redo else read_journal(args.out)
+        _list_jobs(jobs, {key for key in records if is_done(records[key], args.out)}, args.json)
         return 0
     with closing(Journal(args.out)) as journal:
         return _run(jobs, clients, journal, config, args)
@@ -148,14 +155,18 @@ def _run(
 
     from ..queue.runner import run_jobs
 
-    earlier = sum(journal.last(job.id).get("event") == "done" for job in jobs)
+    open_jobs = [job for job in jobs if args.redo or not journal.is_done(job.id)]
+    earlier = len(jobs) - len(open_jobs)
+    _warn_of_space(args.out, open_jobs)
     if earlier:
         logger.info("%d of %d jobs were done earlier: %s", earlier, len(jobs), journal.path)
     failed = 0
     with (
         tqdm(total=len(jobs), initial=earlier, unit="job", disable=None) as bar,
         logging_redirect_tqdm([logger if logger.handlers else logging.root]),
-        closing(run_jobs(jobs, clients, journal, args.out, config, _step_shower(bar))) as results,
+        closing(
+            run_jobs(jobs, clients, journal, args.out, config, _step_shower(bar), redo=args.redo)
+        ) as results,
     ):
         try:
             for result in results:
@@ -167,6 +178,23 @@ def _run(
             logger.warning("Stopped; the same command continues where it was.")
             return _INTERRUPTED
     return int(failed > 0)
+
+
+def _warn_of_space(folder: Path, jobs: list[Job]) -> None:
+    """Say where the disk has less room than results as large as the jobs' inputs would take."""
+    needed = sum(
+        max((file.path.stat().st_size for file in job.uploads.values()), default=0) for job in jobs
+    )
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        logger.warning(
+            "%s has %.1f GB free; results as large as the inputs of %d jobs take %.1f GB. If it "
+            "fills up, what is done stays, and the same command goes on from there.",
+            folder,
+            free / 1e9,
+            len(jobs),
+            needed / 1e9,
+        )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -182,7 +210,10 @@ def _check(args: argparse.Namespace) -> None:
 def _jobs(args: argparse.Namespace) -> list[Job]:
     from ..queue.jobs import cross_product, make_jobs, read_csv
     from ..queue.workflow import ROLES, load_workflow, parse_value
+    from ..seeds import check_seed
 
+    if args.seed is not None:
+        check_seed(args.seed, "--seed")
     role_keys = _pairs(args.role_keys, "--map", "ROLE=NODE.input")
     if unknown := set(role_keys) - set(ROLES):
         raise ConfigError(f"--map {', '.join(sorted(unknown))}: expected {', '.join(ROLES)}.")
@@ -211,9 +242,9 @@ def _pairs(texts: Iterable[str], option: str, form: str) -> dict[str, str]:
     return pairs
 
 
-def _list_jobs(jobs: list[Job], journal: dict[str, dict[str, Any]], as_json: bool) -> None:
+def _list_jobs(jobs: list[Job], done: set[str], as_json: bool) -> None:
     for job in jobs:
-        is_done = journal.get(job.id, {}).get("event") == "done"
+        is_done = job.id in done
         if as_json:
             row = {"job": job.id, "name": job.name, "done": is_done, "values": dict(job.values)}
             _say(json.dumps(row))

@@ -13,11 +13,9 @@ from PIL import Image
 
 from ..errors import LayoutError
 from .images import open_picture, read_image, to_rgb
+from .media_files import IMAGE_ENDINGS, media_files
 from .timing import IMAGES_FPS, UNTIMED_FPS, TimedFrame, Timing, timing_of
 
-IMAGE_ENDINGS = frozenset(
-    {".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-)
 _ANIMATED = frozenset({"GIF", "PNG", "WEBP", "AVIF", "TIFF"})
 # GIF counts in hundredths of a second, which is too coarse for most rates.
 _TICK_S = 0.01
@@ -34,7 +32,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         LayoutError: if there are none.
     """
-    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_ENDINGS]
+    files = media_files(folder, IMAGE_ENDINGS)
     if not files:
         raise LayoutError(f"the folder {folder} holds no images; give PNG or JPEG files")
     return sorted(files, key=_natural_order)

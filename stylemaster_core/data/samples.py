@@ -20,10 +20,9 @@ from .captions import (
     sidecar_caption,
     strip_style_words,
 )
-from .videos import IMAGE_ENDINGS
+from .media_files import IMAGE_ENDINGS, VIDEO_ENDINGS, is_hidden
 
 MEDIA_COLUMNS = ("media", "video", "image", "path", "file", "file_name")
-VIDEO_ENDINGS = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
 SELF = "self"
 TILE = "tile"
 
@@ -180,7 +179,7 @@ def _media_of(source: Path) -> list[Path]:
         path
         for path in source.rglob("*")
         if path.suffix.lower() in VIDEO_ENDINGS | IMAGE_ENDINGS
-        and not path.name.startswith(".")
+        and not is_hidden(path, source)
         and path.is_file()
     ]
     return sorted(found, key=lambda path: _natural(path.relative_to(source).as_posix()))

@@ -114,6 +114,10 @@ class _Failure(msgspec.Struct):
     exception_message: str | None = None
 
 
+class _Cached(msgspec.Struct):
+    nodes: list[str | int] = []
+
+
 class _Status(msgspec.Struct):
     status_str: str | None = None
     messages: list[tuple[str, msgspec.Raw]] | None = None
@@ -164,6 +168,25 @@ class Entry(msgspec.Struct):
         except msgspec.ValidationError as error:
             raise AnswerError(f"a result without a proper name: {plain(str(error))}") from error
         return [file for file in files if file.type == "output"] or files
+
+    def is_cached(self, file: OutputFile) -> bool:
+        """Return whether the server did not make a file for this prompt but named an earlier one.
+
+        Raises:
+            AnswerError: if the server does not say it as ComfyUI does.
+        """
+        messages = (self.status.messages or ()) if self.status else ()
+        cached = {
+            str(node)
+            for event, raw in messages
+            if event == "execution_cached"
+            for node in decode(raw, _Cached).nodes
+        }
+        return any(
+            node in cached and isinstance(items, list) and any(_names(item, file) for item in items)
+            for node, output in (self.outputs or {}).items()
+            for items in (output or {}).values()
+        )
 
     def answers(self, sent: Mapping[str, Any], values: Mapping[Target, Any]) -> bool:
         """Return whether this is about the prompt that was sent.
@@ -246,6 +269,13 @@ def plain(text: object, limit: int = _MAX_WORDS) -> str:
     line = " ".join(words.split())
     line = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
     return line if len(line) <= limit else f"{line[:limit]}..."
+
+
+def _names(item: Any, file: OutputFile) -> bool:
+    if not isinstance(item, dict):
+        return False
+    found = (item.get("filename"), item.get("subfolder", ""), item.get("type", "output"))
+    return found == (file.filename, file.subfolder, file.type)
 
 
 def _join(*parts: str | None) -> str:

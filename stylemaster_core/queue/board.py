@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import os
 import re
@@ -13,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, Protocol
 
+from ..writing import move_new
 from .answers import OutputFile
 from .jobs import Job
 from .journal import Journal
 
 _PART_PREFIX = ".stylemaster-"
-# What `os.link` says where there are no hard links.
-_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 # A job that so many servers could not do is to blame itself.
 _BLAMED_BY = 2
 _MAX_DELIVERIES = 16
@@ -120,6 +118,7 @@ class Board:
         self._files = _ResultFiles(journal, folder)
         self._open = {job.id for job in jobs}
         self._past: dict[str, _Past] = {}
+        self._renewed: set[str] = set()
         self._deliveries: set[asyncio.Task[None]] = set()
         self._one_delivery = asyncio.Lock()
 
@@ -176,6 +175,15 @@ class Board:
                 return
             self.pending.append(job)
         self.changed()
+
+    def renew(self, job: Job, server: Taker, reason: str) -> bool:
+        """Make a job pending under another filename prefix, once; False if that is not possible."""
+        renewed = None if job.id in self._renewed else job.with_other_prefix()
+        if renewed is None:
+            return False
+        self._renewed.add(job.id)
+        self.give_back(renewed, server, reason, is_blamed=False)
+        return True
 
     def give_up(self, job: Job, server: Taker) -> None:
         """Make a job pending again that was taken off a server's queue for an idle server."""
@@ -352,7 +360,7 @@ class _ResultFiles:
                 return False
             missing.append((part, target))
         for part, target in missing:
-            _place_new(part, target)
+            move_new(part, target)
         return True
 
     def _free_name(
@@ -381,7 +389,7 @@ class _ResultFiles:
             if known:
                 continue
             try:
-                _place_new(part, target)
+                move_new(part, target)
             except FileExistsError:
                 for before, path in made:
                     os.replace(path, before)
@@ -391,19 +399,6 @@ class _ResultFiles:
             if known:
                 os.replace(part, target)
         return None
-
-
-def _place_new(part: Path, target: Path) -> None:
-    """Move a file to a name that must be free."""
-    try:
-        os.link(part, target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(part, target)
-    else:
-        part.unlink()
 
 
 def _hash_of(path: Path) -> str | None:

@@ -68,6 +68,10 @@ class ServerSick(ServerTrouble):
     """The server answered what no ComfyUI server in good health answers."""
 
 
+class ResultGone(ServerSick):
+    """The server has not the file that it named as a result."""
+
+
 class ServerBusy(ServerTrouble):
     """The server asks for a pause.
 
@@ -263,6 +267,8 @@ class ComfyClient:
     async def _download(self, target: str, path: Path, pace: _Pace) -> str:
         digest = hashlib.sha256()
         async with self._open("GET", target) as response:
+            if response.status == 404:
+                raise ResultGone(f"{self.url} has a result no longer, or never had it")
             if response.status != 200:
                 raise self._refusal("/view", response, (await self._read(response)).body)
             if (response.content_length or 0) > self._max_result_bytes:

@@ -8,20 +8,21 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..data.media_files import IMAGE_ENDINGS, MOVING_ENDINGS, media_files
 from ..errors import ConfigError
 from .workflow import ROLES, Target, Workflow, find_role, find_target, parse_value, seed_targets
 
 logger = logging.getLogger("stylemaster")
 
 UPLOAD_FOLDER = "stylemaster_queue"
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_PREFIX = "filename_prefix"
 _MAX_NAME_PART = 60
 _MAX_SLUG = 40
 
@@ -75,6 +76,19 @@ class Job:
             self.workflow, {target: names[f.upload_name] for target, f in self.uploads.items()}
         )
 
+    def with_other_prefix(self) -> Job | None:
+        """Return the same job under another filename prefix; None where no node has one.
+
+        A server that has a result in its cache does not make it again for the same inputs.
+        """
+        suffix = f"_{secrets.token_hex(3)}"
+        values = {
+            Target(node, _PREFIX): f"{body['inputs'][_PREFIX]}{suffix}"
+            for node, body in self.workflow.items()
+            if isinstance(body["inputs"].get(_PREFIX), str)
+        }
+        return replace(self, workflow=_with(self.workflow, values)) if values else None
+
 
 def cross_product(
     videos: Path | None = None, styles: Path | None = None, prompts: Path | None = None
@@ -92,8 +106,8 @@ def cross_product(
     return [
         Row(video, style, prompt)
         for video, style, prompt in product(
-            _files_in(videos, VIDEO_SUFFIXES, "video") if videos else [None],
-            _files_in(styles, IMAGE_SUFFIXES, "image") if styles else [None],
+            _files_in(videos, MOVING_ENDINGS, "video") if videos else [None],
+            _files_in(styles, IMAGE_ENDINGS, "image") if styles else [None],
             _read_prompts(prompts) if prompts else [None],
         )
     ]
@@ -266,14 +280,15 @@ def _check_distinct(roles: Mapping[str, Target]) -> None:
             )
 
 
-def _files_in(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
+def _files_in(folder: Path, endings: Collection[str], what: str) -> list[Path]:
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder} with {what} files.")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    files = media_files(folder, endings, what=what)
     if not files:
-        raise ConfigError(f"No {what} in {folder}; expected files named {', '.join(suffixes)}.")
+        known = ", ".join(sorted(endings))
+        raise ConfigError(f"No {what} in {folder}; expected files named {known}.")
     return files
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ class Journal:
         with self._mutex:
             return self._last.get(job_id, {})
 
+    def is_done(self, job_id: str) -> bool:
+        """Return whether a job is done and its files are still there."""
+        return is_done(self.last(job_id), self.path.parent)
+
     def own_files(self, job_id: str) -> dict[str, str | None]:
         """Return the result files that belong to a job, name -> SHA-256 where it was noted."""
         with self._mutex:
@@ -86,6 +91,12 @@ class Journal:
         finally:
             self._stream.close()
             self._file_lock.release()
+
+
+def is_done(record: Mapping[str, Any], folder: Path) -> bool:
+    """Return whether a job's last record says that it is done, and its files are still there."""
+    is_there = all((folder / name).is_file() for name in record.get("files", ()))
+    return record.get("event") == "done" and is_there
 
 
 def read_journal(folder: Path) -> dict[str, dict[str, Any]]:

@@ -26,8 +26,10 @@ def run_jobs(
     folder: Path,
     config: RunConfig,
     on_step: OnStep | None = None,
+    *,
+    redo: bool = False,
 ) -> Generator[JobResult, None, None]:
-    """Run the jobs that the journal does not know as done; yield each one's result as it ends.
+    """Run the jobs that are not done, or whose files are gone; yield each result as it ends.
 
     Closing the iterator early (or Ctrl-C) cancels what was queued; the journal stays good for
     another run.
@@ -39,6 +41,7 @@ def run_jobs(
         folder: for the results.
         config: see `RunConfig`.
         on_step: called in another thread with each step that a server tells.
+        redo: run all of them; what they made before is replaced.
 
     Raises:
         StyleMasterError: if no server answers at the start.
@@ -46,7 +49,7 @@ def run_jobs(
     """
     results: queue.Queue[JobResult | None] = queue.Queue()
     board = Board(
-        [job for job in jobs if journal.last(job.id).get("event") != "done"],
+        [job for job in jobs if redo or not journal.is_done(job.id)],
         journal,
         folder,
         config,

@@ -18,6 +18,7 @@ from .board import Board, Fetched
 from .client import (
     ComfyClient,
     RequestRejected,
+    ResultGone,
     ServerBusy,
     ServerSick,
     ServerSilent,
@@ -378,7 +379,14 @@ class Server:
         hashes: list[str] = []
         for number, file in enumerate(files, start=1):
             parts.append(self._board.part_path(held.job, number, file))
-            hashes.append(await self._client.download(file, parts[-1]))
+            try:
+                hashes.append(await self._client.download(file, parts[-1]))
+            except ResultGone as error:
+                # Where the server had it in its cache, it makes it again under another prefix.
+                if not entry.is_cached(file) or not self._board.renew(held.job, self, str(error)):
+                    raise
+                del self._held[held.prompt_id]
+                return False
         del self._held[held.prompt_id]
         self._prove()
         seconds = time.monotonic() - held.since

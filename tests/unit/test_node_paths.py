@@ -151,6 +151,22 @@ def test_new_styles_never_overwrite(paths, models):
     first.write_bytes(b"")
     assert paths.new_style_file("oil/monet").name == "monet_00002_.safetensors"
 
+    def save(path):
+        if path.name == "monet_00002_.safetensors" and not path.exists():
+            path.write_bytes(b"somebody else's")  # just now
+            raise paths.WeightsError("it exists already")
+        path.write_bytes(b"ours")
+        return path
+
+    saved = paths.save_numbered("oil/monet", save)
+    assert saved.name == "monet_00003_.safetensors" and saved.read_bytes() == b"ours"
+
+    def fail(path):
+        raise paths.WeightsError("the disk is full")
+
+    with pytest.raises(error(paths), match="the disk is full"):
+        paths.save_numbered("oil/monet", fail)
+
 
 def test_styles_are_not_written_through_a_link(paths, models, tmp_path):
     styles = models / "stylemaster" / "styles"

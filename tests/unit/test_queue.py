@@ -8,6 +8,7 @@ import queue
 import re
 import threading
 import time
+import urllib.parse
 from contextlib import closing
 
 import pytest
@@ -26,8 +27,8 @@ from tests.fake_comfy import WORKFLOW, FakeComfy
 def fakes():
     made = []
 
-    def make(**options):
-        made.append(FakeComfy(**options))
+    def make(kind=FakeComfy, **options):
+        made.append(kind(**options))
         return made[-1]
 
     yield make
@@ -342,6 +343,90 @@ def test_a_rerun_continues_and_a_changed_workflow_is_new(fakes, batch):
     assert results(batch) == expected(*"abc") | {"s__a_1-2.png": b"a|style"}
 
 
+def test_a_result_that_was_deleted_is_made_again(fakes, batch, capsys):
+    fake = fakes()
+    assert batch(fake) == 0
+    (batch.out / "s__b_1.png").unlink()
+    capsys.readouterr()
+    assert batch(options=["--dry-run"]) == 0
+    assert capsys.readouterr().out.count("(done earlier)") == 2
+    assert batch(fake) == 0
+    assert fake.finished == list("abcb")
+    assert results(batch) == expected(*"abc")
+
+
+def test_redo_makes_all_of_them_again_in_their_places(fakes, batch, capsys):
+    fake = fakes()
+    assert batch(fake) == 0
+    (batch.out / "s__a_1.png").unlink()
+    (batch.out / "s__b_1.png").write_bytes(b"somebody else's")
+    assert batch(options=["--dry-run", "--redo"]) == 0
+    assert "(done earlier)" not in capsys.readouterr().out
+    assert batch(fake, options=["--redo"]) == 0
+    assert sorted(fake.finished) == list("aabbcc")
+    mine = expected(*"abc") | {"s__b_1.png": b"somebody else's", "s__b_1-2.png": b"b|style"}
+    assert results(batch) == mine
+    assert batch(fake) == 0
+    assert len(fake.finished) == 6
+
+
+class CachingComfy(FakeComfy):
+    """It makes nothing twice, as ComfyUI does, and says which nodes' results are earlier ones."""
+
+    def __init__(self, **options):
+        self.made = {}  # the prompt -> its id
+        self.gone = set()  # files that somebody has deleted
+        super().__init__(**options)
+
+    def end(self, item, messages=None):
+        prompt = item[2]
+        key = json.dumps(prompt, sort_keys=True)
+        super().end(item, messages)
+        earlier = self.made.setdefault(key, item[1])
+        if earlier != item[1]:
+            self.finished.pop()
+            entry = self.history[item[1]]
+            entry["outputs"]["3"]["images"][0]["filename"] = f"{earlier}.png"
+            entry["status"]["messages"] = [["execution_cached", {"nodes": ["1", "3"]}]]
+
+    def answer(self, method, url, body):
+        name = dict(urllib.parse.parse_qsl(url.query)).get("filename")
+        return (404, b"") if name in self.gone else super().answer(method, url, body)
+
+
+def test_a_cached_result_whose_file_is_gone_is_made_under_another_prefix(fakes, batch):
+    fake = fakes(kind=CachingComfy)
+    assert batch(fake, prompts="ab") == 0
+    for name in ("s__a_1.png", "s__b_1.png"):
+        (batch.out / name).unlink()
+    first = next(prompt_id for key, prompt_id in fake.made.items() if '"text": "a"' in key)
+    fake.gone = {f"{first}.png"}
+    assert batch(fake, prompts="ab") == 0
+    assert results(batch) == expected(*"ab")
+    assert fake.finished == list("aba"), "b came from the cache, a was made again"
+    prefixes = [json.loads(key)["3"]["inputs"]["filename_prefix"] for key in fake.made]
+    assert prefixes[:2] == ["x", "x"] and re.fullmatch(r"x_[0-9a-f]{6}", prefixes[2])
+    assert batch(fake, prompts="ab") == 0 and len(fake.finished) == 3
+
+
+def test_a_server_that_never_has_its_cached_results_is_not_asked_for_ever(fakes, batch):
+    fake = fakes(kind=CachingComfy)
+    assert batch(fake, prompts="a") == 0
+    (batch.out / "s__a_1.png").unlink()
+    fake.gone = {f"{prompt_id}.png" for prompt_id in fake.made.values()}
+    end = fake.end
+
+    def lose(item, messages=None):
+        end(item, messages)
+        fake.gone.add(f"{item[1]}.png")
+        fake.history[item[1]]["status"]["messages"] = [["execution_cached", {"nodes": ["3"]}]]
+
+    fake.end = lose
+    options = ["--give-up", "0.2", "--timeout", "0.2"]
+    assert batch(fake, prompts="a", options=options) == 1
+    assert len(fake.made) == 2
+
+
 def test_nothing_is_overwritten(fakes, batch):
     batch.out.mkdir()
     (batch.out / "s__a_1.png").write_bytes(b"somebody else's")
@@ -470,6 +555,8 @@ def test_a_bad_address_is_refused(url):
         ["--set", "3.images=1"],
         ["--map", "picture=1.image"],
         ["--per-server", "0"],
+        ["--timeout", "nan"],
+        ["--seed", str(2**64)],
         ["--csv", "x.csv"],
     ],
 )

@@ -235,9 +235,9 @@ def test_a_run_killed_while_it_delivers_is_taken_up(servers, tmp_path, monkeypat
         raise Killed
 
     server = servers()
-    place = board._place_new
+    place = board.move_new
     with monkeypatch.context() as patch:
-        patch.setattr(board, "_place_new", kill)
+        patch.setattr(board, "move_new", kill)
         patch.setattr(board._ResultFiles, "sweep", lambda self: None)
         with pytest.raises(Killed):
             run_batch(tmp_path, [server], ["a"])
@@ -253,13 +253,13 @@ def test_a_run_killed_while_it_delivers_is_taken_up(servers, tmp_path, monkeypat
 
 def test_somebody_elses_file_is_not_overwritten_by_a_race(servers, tmp_path, monkeypatch):
     """It appears after the name was chosen; and it is not taken for our own afterwards."""
-    place = board._place_new
+    place = board.move_new
 
     def late(part, target):
         if not target.exists() and target.name == "style__a_1.png":
             target.write_bytes(b"theirs")
         place(part, target)
 
-    monkeypatch.setattr(board, "_place_new", late)
+    monkeypatch.setattr(board, "move_new", late)
     _, files = run_batch(tmp_path, [servers()], ["a"])
     assert files == {"style__a_1.png": b"theirs", "style__a_1-2.png": b"a|style"}
