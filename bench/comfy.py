@@ -1,7 +1,7 @@
 """Measure the nodes in a real ComfyUI on the CPU: `python -m bench.comfy`.
 
 A step of the native Wan with the stock DualCFGGuider on three plain prompts against a step with a
-style through StyleGuider, at the same setting and with random weights; what Apply Style costs once
+style through Style Guider, at the same setting and with random weights; what Apply Style costs once
 and what stays of it; the ControlNet; interrupts; memory; and what a rerun executes on a server.
 """
 
@@ -250,7 +250,7 @@ def _speed_rows(speed: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     native, ours = speed["native"], speed["ours"]
     pairs = (
         ("native step", native, "DualCFGGuider, three plain prompts"),
-        ("our step", ours, "StyleGuider with the style branch"),
+        ("our step", ours, "Style Guider with the style branch"),
     )
     for name, found, meaning in pairs:
         value = f"{found['seconds_per_step']:.3f} s"

@@ -1,6 +1,6 @@
 """Measure StyleCrafter on SDXL in a real ComfyUI on the CPU: `python -m bench.sdxl`.
 
-A step with a style through StyleGuider against the stock DualCFGGuider on three plain prompts, on
+A step with a style through Style Guider against the stock DualCFGGuider on three plain prompts, on
 the native UNet at real width with fewer layers and random weights; resident memory of both; what
 the adapter takes and leaves at real size; and FLOP of whole SDXL at 1024 x 1024, counted without
 computing.

@@ -52,7 +52,7 @@ class ApplyStyle(io.ComfyNode):
                     tooltip="A Wan 2.1 text-to-video model (1.3B); SDXL for StyleCrafter.",
                 ),
                 StyleAdapterSocket.Input("adapter", tooltip="From Load StyleMaster Adapter."),
-                StyleSocket.Input("style", tooltip="From TextureSelector or Load Style."),
+                StyleSocket.Input("style", tooltip="From Texture Selector or Load Style."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Float.Input(

@@ -64,7 +64,7 @@ class GrayTileControl(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="StyleMasterGrayTileControl",
-            display_name="GrayTileControl",
+            display_name="Gray-Tile Control",
             description="Keeps the content of a video while its style changes: a coarse gray copy "
             "of the frames guides the model. Any number of frames and any size.",
             search_aliases=["controlnet", "tile control", "video to video", "content control"],

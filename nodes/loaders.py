@@ -151,7 +151,7 @@ class LoadAdapter(io.ComfyNode):
             ],
             outputs=[
                 StyleAdapterSocket.Output(
-                    display_name="adapter", tooltip="For TextureSelector and Apply Style."
+                    display_name="adapter", tooltip="For Texture Selector and Apply Style."
                 )
             ],
         )
@@ -172,7 +172,7 @@ class MotionAdapterLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="StyleMasterMotionAdapter",
-            display_name="MotionAdapterLoader",
+            display_name="Load Motion Adapter",
             description="Applies a motion adapter, a LoRA trained on still videos. Below 0 it "
             "leads away from still videos: more motion, stronger style.",
             search_aliases=["motion lora", "still motion adapter", "stylemaster motion"],

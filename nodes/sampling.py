@@ -82,7 +82,7 @@ def sample(
 
 def _branches() -> list[io.Input]:
     return [
-        io.Model.Input("model", tooltip="From Apply Style (or GrayTileControl after it)."),
+        io.Model.Input("model", tooltip="From Apply Style (or Gray-Tile Control after it)."),
         io.Conditioning.Input("styled", tooltip="The prompt with style."),
         io.Conditioning.Input("positive", tooltip="The prompt without style."),
         io.Conditioning.Input("negative", tooltip="The negative prompt without style."),
@@ -119,7 +119,7 @@ class StyleGuiderNode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="StyleMasterGuider",
-            display_name="StyleGuider",
+            display_name="Style Guider",
             description="Guides by text and by style, for SamplerCustomAdvanced with any sampler "
             "and scheduler.",
             search_aliases=["dual cfg", "cfg guider", "style guidance"],
@@ -167,7 +167,7 @@ class StyleSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="StyleMasterSampler",
-            display_name="StyleSampler",
+            display_name="Style Sampler",
             description="Samples with guidance by text and style: shift, guider and sampler in one "
             "node, with the settings of the release.",
             search_aliases=["ksampler", "stylemaster sampler", "wan sampler"],

@@ -68,7 +68,7 @@ class ShowScales(io.ComfyNode):
                 StyleAdapterSocket.Input(
                     "adapter", tooltip="From Load StyleMaster Adapter; a StyleCrafter adapter."
                 ),
-                StyleSocket.Input("style", tooltip="From TextureSelector or Load Style."),
+                StyleSocket.Input("style", tooltip="From Texture Selector or Load Style."),
                 io.Conditioning.Input(
                     "prompt",
                     tooltip="The positive prompt. Of several parts the first, of a long prompt the "

@@ -15,6 +15,7 @@ from ..stylemaster_core.models.decoupled_attention import StyleAttention
 from ..stylemaster_core.models.style_projector import StyleProjector
 from ..stylemaster_core.models.stylecrafter import StyleCrafterEncoder
 from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
+from .menu import category, is_trainer, mark_advanced
 
 StyleAdapterSocket: Any = io.Custom("STYLE_ADAPTER")  # StyleAdapter or StyleCrafterAdapter
 StyleFeaturesSocket: Any = io.Custom("STYLE_FEATURES")  # StyleFeatures
@@ -76,8 +77,10 @@ def range_inputs(begins: str, ends: str, *, end: float = 1.0) -> list[io.Float.I
 
 
 def schema(*, search_aliases: list[str], **fields: Any) -> io.Schema:
-    """A node's schema; aliases for the search are left out where ComfyUI does not know them yet."""
+    """A node's schema; what this ComfyUI does not know yet is left out of it."""
     known = {field.name for field in dataclasses.fields(io.Schema)}
     if "search_aliases" in known:
         fields["search_aliases"] = search_aliases
-    return io.Schema(category="StyleMaster", **fields)
+    node_id = fields["node_id"]
+    mark_advanced(node_id, fields["inputs"])
+    return io.Schema(category=category(node_id), is_experimental=is_trainer(node_id), **fields)

@@ -41,7 +41,7 @@ class StyleEncoder(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="StyleMasterStyleEncoder",
-            display_name="StyleEncoder",
+            display_name="Style Encoder",
             description="Looks at style pictures with CLIP: at each as it is, and shuffled so that "
             "only its texture remains.",
             search_aliases=["style image", "clip vision encode", "style reference"],
@@ -67,7 +67,9 @@ class StyleEncoder(io.ComfyNode):
                 ),
             ],
             outputs=[
-                StyleFeaturesSocket.Output(display_name="features", tooltip="For TextureSelector."),
+                StyleFeaturesSocket.Output(
+                    display_name="features", tooltip="For Texture Selector."
+                ),
                 io.Image.Output(display_name="shuffled", tooltip="The shuffled pictures."),
             ],
         )
@@ -87,7 +89,7 @@ class TextureSelector(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="StyleMasterTextureSelector",
-            display_name="TextureSelector",
+            display_name="Texture Selector",
             description="Keeps the patches of the style picture that carry texture, and makes "
             "style tokens of them. The picture shows: what CLIP saw, similarity to the prompt, "
             "kept patches lit, shuffled picture. A StyleCrafter adapter reads all patches: then "
@@ -95,7 +97,7 @@ class TextureSelector(io.ComfyNode):
             search_aliases=["style tokens", "patch selection", "texture"],
             inputs=[
                 StyleAdapterSocket.Input("adapter", tooltip="From Load StyleMaster Adapter."),
-                StyleFeaturesSocket.Input("features", tooltip="From StyleEncoder."),
+                StyleFeaturesSocket.Input("features", tooltip="From Style Encoder."),
                 io.Conditioning.Input(
                     "prompt",
                     tooltip="The positive prompt of the video: patches are compared with it.",

@@ -105,20 +105,20 @@ class LoadTiny(io.ComfyNode):
                     "as in (boat:1.2) are left out of account.",
                 ),
                 io.Vae.Output(
-                    display_name="vae", tooltip="For GrayTileControl, VAE Encode and VAE Decode."
+                    display_name="vae", tooltip="For Gray-Tile Control, VAE Encode and VAE Decode."
                 ),
-                io.ClipVision.Output(display_name="clip_vision", tooltip="For StyleEncoder."),
+                io.ClipVision.Output(display_name="clip_vision", tooltip="For Style Encoder."),
                 StyleAdapterSocket.Output(
                     display_name="adapter",
-                    tooltip="For TextureSelector and Apply Style; StyleCrafter's for Show Scales, "
+                    tooltip="For Texture Selector and Apply Style; StyleCrafter's for Show Scales, "
                     "too.",
                 ),
                 ControlNetSocket.Output(
-                    display_name="control_net", tooltip="For control_net of GrayTileControl."
+                    display_name="control_net", tooltip="For control_net of Gray-Tile Control."
                 ),
                 MotionAdapterSocket.Output(
                     display_name="motion_adapter",
-                    tooltip="For motion_adapter of MotionAdapterLoader; StyleCrafter's LoRA for "
+                    tooltip="For motion_adapter of Load Motion Adapter; StyleCrafter's LoRA for "
                     "videos at motion_scale 1.",
                 ),
             ],

@@ -235,12 +235,19 @@ EQUAL = 1e-5
 DIFFERENT = 1e-3
 
 
+TRAINERS = {
+    f"StyleMasterTrain{name}"
+    for name in ("Style", "MotionAdapter", "GrayTileControl", "GlobalProjection", "StyleCrafter")
+}
+
+
 def test_nodes_are_described(comfy):
     info = comfy.object_info()
     ours = {name: entry for name, entry in info.items() if name.startswith("StyleMaster")}
     assert set(ours) == NODE_IDS
     for name, entry in ours.items():
-        assert entry["category"] == "StyleMaster"
+        assert entry["category"].startswith("stylemaster/"), name
+        assert bool(entry["experimental"]) == (name in TRAINERS), name
         assert entry["display_name"] and entry["description"], name
         inputs = {**entry["input"].get("required", {}), **entry["input"].get("optional", {})}
         for key, (kind, *options) in inputs.items():
@@ -248,6 +255,23 @@ def test_nodes_are_described(comfy):
             if kind in ("INT", "FLOAT"):
                 assert {"min", "max", "default"} <= options[0].keys(), f"{name}.{key}"
         assert all(entry["output_tooltips"]), name
+
+
+def test_rarely_used_inputs_are_marked_where_comfyui_knows_that(comfy):
+    def marked(name: str) -> set[str]:
+        inputs = {
+            **info[name]["input"].get("required", {}),
+            **info[name]["input"].get("optional", {}),
+        }
+        return {
+            key for key, (_, *options) in inputs.items() if options and options[0].get("advanced")
+        }
+
+    info = comfy.object_info()
+    known = any(marked(name) for name in info if not name.startswith("StyleMaster"))
+    wanted = {"blocks", "block_weights", "first_frame", "last_frame"} if known else set()
+    assert marked("StyleMasterApplyStyle") == wanted
+    assert marked("StyleMasterSampler") == set()
 
 
 def test_a_style_picture_makes_a_video(comfy):

@@ -18,7 +18,7 @@ from stylemaster_core.pipelines.tiny import SETTINGS
 from stylemaster_core.queue.workflow import find_role, load_workflow, seed_targets
 from stylemaster_core.training.config import PRESETS
 from stylemaster_core.weights.manifest import load_manifest
-from tests.comfy import shipped_workflows, ui_workflows
+from tests.comfy import node_texts, shipped_workflows, ui_workflows
 
 PACK = Path(__file__).parents[2]
 WORKFLOWS = shipped_workflows.FOLDER
@@ -234,7 +234,7 @@ def test_every_node_has_a_page_that_explains_every_input():
 
 
 def test_pictures_of_the_pages_are_there():
-    pages = [*DOCS.rglob("*.md"), *(PACK / "docs").glob("*.md"), PACK / "README.md"]
+    pages = [*DOCS.glob("*.md"), *(PACK / "docs").glob("*.md"), PACK / "README.md"]
     links = [
         (page, link)
         for page in pages
@@ -243,6 +243,17 @@ def test_pictures_of_the_pages_are_there():
     assert len(links) >= 6
     for page, link in links:
         assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("language", node_texts.HEADINGS)
+def test_help_pages_of_other_languages_are_up_to_date(language):
+    pages = node_texts.pages(language)
+    assert {path.parent.name for path in pages} == set(texts("en"))
+    for path, page in pages.items():
+        written = path.read_text(encoding="utf-8")
+        assert written == page, "run `python -m tests.comfy.node_texts pages`"
+        for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page):
+            assert (DOCS / link).exists(), f"{path}: {link}"
 
 
 def test_translations_are_complete():
