@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.comfy import browser, node_texts, server, shipped_workflows
+from tests.comfy import blueprints, browser, node_texts, server, shipped_workflows
 from tests.comfy.shipped_workflows import names, small
 
 pytest.importorskip("playwright", reason="the browser tests need `pip install playwright`")
@@ -69,6 +69,24 @@ def test_a_template_opens_without_missing_nodes(ui, name):
         # Older versions lack an input of two stock nodes.
         node["inputs"] = {k: value for k, value in node["inputs"].items() if k in known}
     assert posted == shipped
+
+
+@pytest.mark.parametrize("name", [blueprint.name for blueprint in blueprints.BLUEPRINTS])
+def test_a_blueprint_is_listed_and_opens_to_its_template(ui, name):
+    listed = get(ui, "/api/global_subgraphs").values()
+    assert name in [entry["name"] for entry in listed if server.PACK_NAME in str(entry["info"])]
+    graph = json.loads((blueprints.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    (node,) = graph["nodes"]
+    ui.load(graph)
+    ui.page.keyboard.press("Escape")
+    assert ui.errors == []
+    posted = ui.to_api()
+    for key, inside in blueprints.to_api(graph).items():
+        links = {
+            name: [f"{node['id']}:{value[0]}", value[1]] if isinstance(value, list) else value
+            for name, value in inside["inputs"].items()
+        }
+        assert posted[f"{node['id']}:{key}"]["inputs"] == links
 
 
 def test_a_workflow_runs_to_a_video(ui):
