@@ -30,6 +30,13 @@ from stylemaster_core.models.image_encoder import ImageEncoder, load_image_encod
 from stylemaster_core.training.ema import MovingAverage
 from stylemaster_core.weights.files import write_state_dict
 
+from .encoder_paintings import (
+    PaintingBatch,
+    PaintingHeads,
+    Paintings,
+    draw_crops,
+    painting_losses,
+)
 from .encoder_pool import SIZE_PX, Pool, load_or_draw_pool
 from .encoder_probe import embed, probe_encoder
 from .limit import TimeLimit, TimeOver
@@ -50,6 +57,7 @@ class EncoderConfig:
 
     batch_styles: int = 64  # two pictures of each
     patches: int = 64  # of about 256, drawn at random for each picture
+    batch_paintings: int = 64  # where there are any
     lr: float = 2e-3
     weight_decay: float = 0.02
     warmup_steps: int = 100
@@ -87,6 +95,8 @@ def train_encoder(
     pool: Pool,
     held_out: Pool | None = None,
     config: EncoderConfig | None = None,
+    paintings: Paintings | None = None,
+    start: Path | None = None,
     device: str = "cpu",
     limit: TimeLimit | None = None,
     progress: bool = True,
@@ -101,6 +111,8 @@ def train_encoder(
         pool: what it learns from.
         held_out: what it is probed with, or None: no probes.
         config: how to train.
+        paintings: what it learns from besides.
+        start: folder of an encoder to go on from; else the weights are new.
         device: where to train.
         limit: of this call.
         progress: show a bar.
@@ -120,11 +132,17 @@ def train_encoder(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = create_encoder(pool, seed)
+    if start is not None:
+        model.load_state_dict(load_image_encoder(start).model.state_dict())
     # In bfloat16 on a CPU the fused attention is far slower than this one; a step takes a third.
     model.set_attn_implementation("eager")
     heads = Heads(pool.textures.shape[-1], pool.colours.shape[-1]).to(device)
     model.to(device)  # type: ignore[arg-type]
-    trained = dict(nn.ModuleDict({"model": model, "heads": heads}).named_parameters())
+    modules: dict[str, nn.Module] = {"model": model, "heads": heads}
+    painting_heads = PaintingHeads().to(device)
+    if paintings is not None:
+        modules["painting_heads"] = painting_heads
+    trained = dict(nn.ModuleDict(modules).named_parameters())
     trained = {name: p for name, p in trained.items() if p.requires_grad}
     average = MovingAverage(trained, config.average_decay)
     optimizer = torch.optim.AdamW(
@@ -151,10 +169,18 @@ def train_encoder(
             lr = config.lr * min(1, (step + 1) / config.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done))
-            drawn = draw_batch(pool, scales, np.random.default_rng([seed, step]), config)
+            rng = np.random.default_rng([seed, step])
+            drawn = draw_batch(pool, scales, rng, config)
             batch = Batch(*[values.to(device) for values in drawn])
+            painted = None
+            if paintings is not None:
+                painted = draw_paintings(paintings, rng, config.batch_paintings, config.patches)
+                painted = PaintingBatch(*[values.to(device) for values in painted])
             with autocast(torch.device(device)):
                 parts = encoder_losses(model, heads, batch, config.temperature)
+                if painted is not None:
+                    encoded = encode_patches(model, painted.patches)
+                    parts |= painting_losses(*encoded, painting_heads, painted)
             loss = torch.stack(list(parts.values())).sum()
             optimizer.zero_grad()
             loss.backward()
@@ -253,22 +279,35 @@ def draw_batch(
     top, left = rng.integers(0, PATCH_PX, 2)
     size = SIZE_PX - PATCH_PX
     crops = pool.pictures[rows, columns, top : top + size, left : left + size]
-    patches = _patches(crops)
-    keep = np.argsort(rng.random(patches.shape[:2]), axis=1)[:, : config.patches]
     targets = [
         torch.from_numpy((values[rows, columns] - mean) / std)
         for values, (mean, std) in zip((pool.textures, pool.colours), scales, strict=True)
     ]
     return Batch(
-        _normalised(np.take_along_axis(patches, keep[..., None], 1)),
+        some_patches(crops, rng, config.patches),
         torch.from_numpy(pool.families[rows]),
         *targets,
     )
 
 
+def some_patches(pictures: np.ndarray, rng: np.random.Generator, count: int) -> Tensor:
+    """Patches of uint8 [N, H, W, 3], drawn at random, normalised for CLIP: float32 [N, L, 192]."""
+    patches = _patches(pictures)
+    keep = np.argsort(rng.random(patches.shape[:2]), axis=1)[:, :count]
+    return _normalised(np.take_along_axis(patches, keep[..., None], 1))
+
+
 def input_patches(pictures: np.ndarray) -> Tensor:
     """All patches of uint8 [N, H, W, 3], normalised for CLIP: float32 [N, L, 192]."""
     return _normalised(_patches(pictures))
+
+
+def draw_paintings(
+    paintings: Paintings, rng: np.random.Generator, count: int, patches: int
+) -> PaintingBatch:
+    """A batch of crops of paintings with what is to be read off them."""
+    crops, vectors, colours = draw_crops(paintings, rng, count)
+    return PaintingBatch(some_patches(crops, rng, patches), vectors, colours)
 
 
 def encode_patches(model: CLIPVisionModelWithProjection, patches: Tensor) -> tuple[Tensor, Tensor]:

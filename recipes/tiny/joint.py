@@ -8,6 +8,7 @@ stages follow from there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,9 +27,11 @@ from stylemaster_core.training.style_branch import (
     load_contrastive,
     new_style_attention,
     new_style_projector,
+    style_branch,
 )
 from stylemaster_core.training.trainer import TrainedFile, stored
 from stylemaster_core.weights.convert import BASE_FORMAT, CUSTOM_BASE
+from stylemaster_core.weights.files import read_state_dict
 from stylemaster_core.weights.state_dict import diffusers_to_native
 
 TOKEN_WIDTH = 128  # of style tokens; the release's are as wide as its text features
@@ -82,6 +85,50 @@ def create_joint_trainer(
     projector.contrastive = load_contrastive(contrastive).float()
     host = CheckpointedHost()
     control = copy_from_transformer(weights, stride=config.control.stride)
+    network = load_gray_tile_controlnet(control, host=host)
+    host.choose(list(network.control_blocks), 0)
+    return JointTrainer(config, transformer, network, projector, null_text=null_text)
+
+
+def continue_joint_trainer(
+    config: TrainConfig,
+    features: Mapping[str, tuple[int, ...]],
+    start: Path,
+    *,
+    contrastive: StateDict,
+    null_text: Tensor,
+) -> JointTrainer:
+    """The trainer of a model that exists.
+
+    Args:
+        config: of the run; sizes are those of the files.
+        features: shapes of a sample.
+        start: folder with `transformer`, `style_adapter` and `controlnet`, laid out as the shipped.
+        contrastive: file of the global projection's trainer.
+        null_text: [L, Dt] features of the empty prompt.
+
+    Raises:
+        WeightsError: for files that are missing or do not belong together.
+    """
+    base, adapter, control = (
+        {key: value.float() for key, value in read_state_dict(start / name).tensors.items()}
+        for name in (
+            "transformer.safetensors",
+            "style_adapter.safetensors",
+            "controlnet.safetensors",
+        )
+    )
+    transformer = load_transformer(base)
+    projector = style_branch(
+        transformer,
+        config.style,
+        features=features,
+        adapter=adapter,
+        contrastive=None,
+        seed=config.run.seed,
+    )
+    projector.contrastive = load_contrastive(contrastive).float()
+    host = CheckpointedHost()
     network = load_gray_tile_controlnet(control, host=host)
     host.choose(list(network.control_blocks), 0)
     return JointTrainer(config, transformer, network, projector, null_text=null_text)

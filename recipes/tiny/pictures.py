@@ -9,7 +9,6 @@ import contextlib
 import io
 import itertools
 import logging
-import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from stylemaster_core.data.images import to_rgb
 from stylemaster_core.errors import ConfigError
+from stylemaster_core.writing import written_beside
 
 logger = logging.getLogger("stylemaster")
 
@@ -152,10 +152,8 @@ def read_photos(photos: Path, *, held_out: bool | None = None) -> list[np.ndarra
 
 def save(path: Path, values: np.ndarray) -> None:
     """Write an array as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part.npy")
-    np.save(part, values, allow_pickle=False)
-    part.replace(path)
+    with written_beside(path) as part, part.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
 
 
 def _members(tar: Path) -> list[Source]:

@@ -32,6 +32,8 @@ class Profile:
     vae_lr: float = 1e-3
     vae_pca_blocks: int = 400_000  # of pixels, that the PCA sees
     encoder_batch: int = 64  # styles
+    teacher_pairs: int = 100  # with real pictures
+    teacher_vectors: int = 100
 
 
 PROFILES = {
@@ -77,6 +79,8 @@ PROFILES = {
         stylecrafter_scales_styles=4000,
         stylecrafter_scales_steps=900,
         stylecrafter_video_steps=150,
+        teacher_pairs=4000,
+        teacher_vectors=8000,
     ),
     "gpu": Profile(
         vae_steps=20_000,
@@ -97,5 +101,7 @@ PROFILES = {
         stylecrafter_scales_styles=10_000,
         stylecrafter_scales_steps=1000,
         stylecrafter_video_steps=1000,
+        teacher_pairs=20_000,
+        teacher_vectors=20_000,
     ),
 }

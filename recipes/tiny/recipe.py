@@ -55,13 +55,15 @@ from stylemaster_core.training.stylecrafter import (
 from stylemaster_core.training.trainer import Trainer
 from stylemaster_core.weights.files import read_state_dict
 
+from .bundle import write_bundle
 from .contents import draw_clip
 from .encoder import EncoderConfig, create_encoder, train_encoder
 from .encoder_pool import draw_pool, load_or_draw_pool
 from .encoder_probe import probe_encoder
-from .joint import create_joint_trainer
+from .joint import continue_joint_trainer, create_joint_trainer
 from .limit import TimeLimit, TimeOver
 from .profiles import PROFILES, Profile
+from .real_data import RealData
 from .samples import (
     PICTURES,
     REFERENCE_PX,
@@ -97,17 +99,52 @@ class Outcome(NamedTuple):
 class Recipe:
     """The stages, in the order in which they need each other."""
 
-    def __init__(self, out: Path, profile: Profile, *, seed: int, minutes: float | None) -> None:
-        self.out, self.profile, self.seed = out, profile, seed
+    def __init__(
+        self,
+        out: Path,
+        profile: Profile,
+        *,
+        seed: int,
+        minutes: float | None,
+        art: Path | None = None,
+        photos: Path | None = None,
+        start: Path | None = None,
+    ) -> None:
+        """Set up.
+
+        Args:
+            out: folder of the stages.
+            profile: how much work they do.
+            seed: of everything.
+            minutes: after which a call ends.
+            art: paintings to learn from beside the drawings; needs `photos`.
+            photos: contents for them.
+            start: folder of weights to go on from, laid out as the shipped; None for new ones.
+        """
+        self.out, self.profile, self.seed, self.start = out, profile, seed, start
         self.limit = TimeLimit(minutes)
+        self.real: RealData | None = None
+        if art is not None and photos is not None:
+            self.real = RealData(
+                out / "real",
+                art,
+                photos,
+                num_pairs=profile.teacher_pairs,
+                num_vectors=profile.teacher_vectors,
+                num_clips=profile.vae_pool,
+                seed=seed,
+                limit=self.limit,
+            )
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def stages(self) -> dict[str, Callable[[Path], Outcome | None]]:
         """Stage by name; each makes the folder that it is given."""
+        real = {"real": self.prepare_real} if self.real else {}
         return {
+            **real,
             "vae": self.vae,
             "encoder": lambda folder: self.encoder(folder, self.seed + 1),
-            "judge": lambda folder: self.encoder(folder, self.seed + 2, through_vae=True),
+            "judge": self.judge,
             "samples": self.samples,
             "global-projection": self.global_projection,
             "joint": self.joint,
@@ -141,9 +178,17 @@ class Recipe:
             if name == until:
                 return
 
+    def prepare_real(self, folder: Path) -> None:
+        """Read the paintings, and let the teacher work on them."""
+        assert self.real is not None and folder == self.real.folder
+        self.real.prepare()
+
     def vae(self, folder: Path) -> Outcome:
+        """The VAE; of one that exists only the decoder, so that its latents stay what they are."""
         pool = clip_pool(self.out, self.profile.vae_pool, self.seed)
         pca_blocks = self.profile.vae_pca_blocks
+        if self.real:
+            pool = self.real.with_clips(pool)
         train_vae(
             folder,
             steps=self.profile.vae_steps,
@@ -154,6 +199,7 @@ class Recipe:
             pool=pool,
             limit=self.limit,
             pca_blocks=pca_blocks,
+            start=self.start and self.start / "vae.safetensors",
         )
         trained = read_state_dict(folder / "vae.safetensors").tensors
         linear = PatchVAE()
@@ -164,6 +210,14 @@ class Recipe:
             for vae in (linear, create_patch_vae(trained, str(folder)))
         ]
         return Outcome("held-out absolute error, of a PCA and trained", before, after)
+
+    def judge(self, folder: Path) -> Outcome | None:
+        """An encoder of another seed, which judges; one that exists stays as it is."""
+        if self.start is None:
+            return self.encoder(folder, self.seed + 2, through_vae=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _copy_encoder(self.start / "judge", folder)
+        return None
 
     def encoder(self, folder: Path, seed: int, *, through_vae: bool = False) -> Outcome:
         """A style encoder; the judge learns from reconstructions, too.
@@ -177,7 +231,9 @@ class Recipe:
             _pass_through(load_vae(self.out / "vae" / "vae.safetensors"), pool.pictures[:, 1])
         steps = self.profile.encoder_steps
         config = EncoderConfig(
-            batch_styles=self.profile.encoder_batch, warmup_steps=min(100, steps // 5)
+            batch_styles=self.profile.encoder_batch,
+            warmup_steps=min(100, steps // 5),
+            lr=1e-3 if self.start else 2e-3,
         )
         train_encoder(
             folder,
@@ -187,6 +243,8 @@ class Recipe:
             config=config,
             device=self.device,
             limit=self.limit,
+            paintings=None if through_vae or self.real is None else self.real.paintings,
+            start=self.start and self.start / "image_encoder",
         )
         contents = min(100, self.profile.encoder_pool["contents"])
         held_out = draw_pool(seed, held_out=True, num_styles=96, pictures=2, contents=contents)
@@ -203,6 +261,8 @@ class Recipe:
         draw_shards(folder / "held_out", held_out, self.out, seed=self.seed, held_out=True)
         numbers = range(self.profile.num_styles)
         draw_shards(folder / "train", numbers, self.out, seed=self.seed)
+        if self.real:
+            self.real.draw_samples(folder, self.out)
 
     def pictures(self, folder: Path) -> None:
         """Shards of pictures in other styles: for StyleCrafter's adapter, then for its scales."""
@@ -229,7 +289,7 @@ class Recipe:
         )
         data = self._pairs(self.profile.num_pairs, held_out=False)
         features = {key: tuple(value.shape) for key, value in data[0].items()}
-        trainer = create_projection_trainer(config, features)
+        trainer = create_projection_trainer(config, features, start=self._started("style_adapter"))
         return self._train(
             trainer, data, self._pairs(8 * self.profile.validation, held_out=True), folder
         )
@@ -242,13 +302,15 @@ class Recipe:
             "control",
             self.profile.joint_steps,
             self.profile.joint_batch,
-            lr=self.profile.lr,
+            lr=self.profile.lr * (0.6 if self.start else 1),
             warmup_steps=min(100, self.profile.joint_steps // 10),
             control=ControlConfig(style="train", drop_control=0.2),
         )
-        trainer = create_joint_trainer(
-            config, _features(data), contrastive=self._contrastive(), null_text=null_text()
-        )
+        conditions = {"contrastive": self._contrastive(), "null_text": null_text()}
+        if self.start is not None:
+            trainer = continue_joint_trainer(config, _features(data), self.start, **conditions)
+        else:
+            trainer = create_joint_trainer(config, _features(data), **conditions)
         return self._train(trainer, data, held_out, folder)
 
     def style(self, folder: Path) -> Outcome:
@@ -300,7 +362,10 @@ class Recipe:
             motion=MotionConfig(rank=64),
         )
         trainer = create_motion_trainer(
-            config, self._file("joint/transformer"), null_text=null_text()
+            config,
+            self._file("joint/transformer"),
+            adapter=self._started("motion_adapter"),
+            null_text=null_text(),
         )
         return self._train(trainer, data, held_out, folder)
 
@@ -312,7 +377,10 @@ class Recipe:
         """
         data = join_samples([self._samples("train"), self._samples("style", "pictures")])
         held_out, steps = self._samples("held_out"), self.profile.stylecrafter_steps
-        return self._stylecrafter(folder, data, held_out, steps, lr=1e-3, train="style")
+        adapter = self._started("stylecrafter_adapter")
+        return self._stylecrafter(
+            folder, data, held_out, steps, lr=1e-3, train="style", adapter=adapter
+        )
 
     def stylecrafter_scales(self, folder: Path) -> Outcome:
         """The rest of that stage: its scale predictor, on styles that the adapter has not seen.
@@ -421,6 +489,13 @@ class Recipe:
     def _file(self, name: str) -> dict[str, Tensor]:
         return dict(read_state_dict(self.out / f"{name}.safetensors").tensors)
 
+    def _started(self, name: str) -> dict[str, Tensor] | None:
+        """A file of the weights to go on from, if there are any."""
+        if self.start is None:
+            return None
+        weights = read_state_dict(self.start / f"{name}.safetensors").tensors
+        return {key: value.float() for key, value in weights.items()}
+
     def _contrastive(self) -> dict[str, Tensor]:
         return self._file("global-projection/global_projection")
 
@@ -434,8 +509,7 @@ class Recipe:
             pixels = []
             for number in range(first, min(first + 64, count)):
                 rng = np.random.default_rng([self.seed, 7, int(held_out), number])
-                clip, _ = draw_clip(rng, 1, REFERENCE_PX, REFERENCE_PX, held_out=held_out)
-                picture = draw_style(rng, held_out=held_out).apply(clip)[0]
+                picture = self._styled(rng, held_out)
                 view = View(str(rng.choice(PAIR_VIEWS)), int(rng.integers(1 << 30)))  # type: ignore[arg-type]
                 pixels += [
                     clip_pixels(p, size=REFERENCE_PX) for p in (picture, view.apply_image(picture))
@@ -443,6 +517,13 @@ class Recipe:
             embeds = encoder.encode(torch.stack(pixels)).image_embeds.cpu().unflatten(0, (-1, 2))
             samples += [{"first_embeds": a, "second_embeds": b} for a, b in embeds]
         return MemoryDataset(samples)
+
+    def _styled(self, rng: np.random.Generator, held_out: bool) -> np.ndarray:
+        """A picture in a style, uint8 [128, 128, 3]: every second one is a painting, if any is."""
+        if self.real and rng.random() < 0.5:
+            return self.real.reference(rng, held_out=held_out)
+        clip, _ = draw_clip(rng, 1, REFERENCE_PX, REFERENCE_PX, held_out=held_out)
+        return draw_style(rng, held_out=held_out).apply(clip)[0]
 
     def ship(self, folder: Path) -> None:
         """Write the weights as float16 where the pack looks for them."""
@@ -464,11 +545,15 @@ class Recipe:
             write_state_dict(folder / f"{name}.safetensors", half, metadata, overwrite=True)
         for name, source in (("image_encoder", "encoder"), ("judge", "judge")):
             (folder / name).mkdir(exist_ok=True)
-            for file in ("config.json", "model.safetensors"):
-                shutil.copyfile(self.out / source / file, folder / name / file)
+            _copy_encoder(self.out / source, folder / name)
         settings = {"kind": "hashed_words", "width": TEXT_WIDTH, "max_length": TEXT_LENGTH}
         settings["seed"] = 0
         (folder / "text_encoder.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def _copy_encoder(source: Path, folder: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        shutil.copyfile(source / file, folder / file)
 
 
 def null_text() -> Tensor:
@@ -513,6 +598,19 @@ def main() -> int:
         help="write the weights as float16 to a folder; without its name, into the package",
     )
     parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="pack code and latents for a machine without a network, instead of training",
+    )
+    parser.add_argument("--art", type=Path, help="paintings to learn from: folder, or tars")
+    parser.add_argument("--photos", type=Path, help="folder of photographs, contents for them")
+    parser.add_argument(
+        "--from-shipped",
+        action="store_true",
+        help="go on from the weights in the package; of the VAE only the decoder learns then",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=NUMBER", help="change the profile"
     )
     options = parser.parse_args()
@@ -521,7 +619,21 @@ def main() -> int:
         k: type(getattr(PROFILES["cpu"], k))(v) for k, v in (s.split("=") for s in options.set)
     }
     profile = dataclasses.replace(PROFILES[options.profile], **changes)
-    recipe = Recipe(options.out, profile, seed=options.seed, minutes=options.minutes)
+    if (options.art is None) != (options.photos is None):
+        parser.error("--art and --photos belong together: give both, or none")
+    if options.bundle:
+        paths = write_bundle(options.out, options.bundle, weights=options.from_shipped)
+        logger.info("wrote %d archives to %s", len(paths), options.bundle)
+        return 0
+    recipe = Recipe(
+        options.out,
+        profile,
+        seed=options.seed,
+        minutes=options.minutes,
+        art=options.art,
+        photos=options.photos,
+        start=SHIPPED if options.from_shipped else None,
+    )
     try:
         recipe.run(options.until)
     except TimeOver:

@@ -6,7 +6,6 @@ style, which the style encoder learns to foretell.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stylemaster_core.errors import UnsupportedHostError
+from stylemaster_core.writing import written_beside
 
 from .limit import TimeLimit
 from .pictures import load_or_read_paintings, read_photos, resized, save, square
@@ -74,21 +74,28 @@ class Teacher:
         return resized(stylized, *content.shape[:2])
 
 
-def load_or_draw_vectors(folder: Path, art: Path, limit: TimeLimit) -> np.ndarray:
-    """The teacher's numbers of each painting, float32 [N, 100], kept in parts.
+def load_or_draw_vectors(folder: Path, art: Path, count: int, limit: TimeLimit) -> np.ndarray:
+    """The teacher's numbers of the first paintings, float32 [N, 100], kept in parts.
+
+    Args:
+        folder: where they are kept, and the paintings.
+        art: where the paintings come from.
+        count: of how many paintings, if there are so many.
+        limit: of this call.
 
     Raises:
         TimeOver: when the limit is reached; what was computed is kept.
     """
-    paintings = load_or_read_paintings(folder, art)
-    size = 10 * SHARD_PAIRS
+    paintings = load_or_read_paintings(folder, art)[:count]
+    size = 5 * SHARD_PAIRS
     parts, teacher = [], None
     for start in tqdm(range(0, len(paintings), size), desc="style vectors", disable=None):
-        path = folder / "vectors" / f"{start:06d}.npy"
+        last = min(start + size, len(paintings))
+        path = folder / "vectors" / f"{start:06d}-{last:06d}.npy"
         if not path.exists():
             limit.check()
             teacher = teacher or Teacher()
-            save(path, np.stack([teacher.vector(p) for p in paintings[start : start + size]]))
+            save(path, np.stack([teacher.vector(p) for p in paintings[start:last]]))
         parts.append(np.load(path, allow_pickle=False))
     return np.concatenate(parts)
 
@@ -113,21 +120,21 @@ def draw_pairs(
             _pair(np.random.default_rng([seed, 11, number]), teacher, paintings, pictures)
             for number in range(start, min(start + SHARD_PAIRS, count))
         ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part.npz")
         contents, stylized, styles = (np.stack(values) for values in zip(*drawn, strict=True))
-        np.savez(part, contents=contents, stylized=stylized, styles=styles)
-        part.replace(path)
+        with written_beside(path) as part, part.open("wb") as file:
+            np.savez(file, contents=contents, stylized=stylized, styles=styles)
 
 
-def read_pairs(folder: Path, first: int = 0, last: int | None = None) -> Pairs:
-    """The pairs of some of the files, in their order."""
-    files = sorted((folder / "pairs").glob("*.npz"))[first:last]
-    loaded = []
-    for file in files:
-        with np.load(file, allow_pickle=False) as arrays:
-            loaded.append([arrays[name] for name in Pairs._fields])
-    return Pairs(*(np.concatenate(values) for values in zip(*loaded, strict=True)))
+def num_shards(folder: Path, seed: int) -> int:
+    """How many files of pairs there are."""
+    return len(list((folder / "pairs").glob(f"seed{seed}-*.npz")))
+
+
+def read_pairs(folder: Path, seed: int, number: int) -> Pairs:
+    """The pairs of one file."""
+    path = folder / "pairs" / f"seed{seed}-{number * SHARD_PAIRS:06d}.npz"
+    with np.load(path, allow_pickle=False) as arrays:
+        return Pairs(*(arrays[name] for name in Pairs._fields))
 
 
 def _pair(

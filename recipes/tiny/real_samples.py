@@ -1,0 +1,167 @@
+"""Training samples of real pictures: the teacher's pairs, and paintings as their own targets.
+
+Content and stylized canvas are cut by the same windows. In a clip the window pans, zooms and
+shears over both, so that a texture sticks to the scene and no flicker can be learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stylemaster_core.data.gray_tile import gray_tile
+from stylemaster_core.data.images import clip_pixels
+from stylemaster_core.models.image_encoder import ImageEncoder
+from stylemaster_core.models.patch_vae import PatchVAE
+from stylemaster_core.models.vae import WanVAE
+
+from .pictures import PAINTING_PX
+from .samples import REFERENCE_PX, ClipSize, TinySamples, encode_clips
+from .teacher import Pairs
+
+# With how many windows of each size a pair is shown; fractions are drawn.
+REAL_SIZES: dict[ClipSize, float] = {
+    ClipSize(1, 96, 96, 2): 2.5,
+    ClipSize(1, 96, 96, 4): 2.0,
+    ClipSize(1, 128, 128, 2): 1.0,
+    ClipSize(1, 128, 128, 4): 1.0,
+    ClipSize(5, 64, 64, 2): 0.7,
+    ClipSize(5, 96, 96, 2): 0.4,
+}
+OWN_SHARE = 0.2  # of the windows: a painting from its own gray tile, another part as reference
+SMALLEST_REFERENCE = 0.8  # of the painting's side
+CAPTIONS = ("", "a painting", "a picture", "a photograph as a painting")
+
+
+class Motion(NamedTuple):
+    """How a window lies on a canvas, and how it changes from frame to frame."""
+
+    middle: np.ndarray  # x, y in pixels
+    zoom: float
+    angle: float  # radians
+    shear: float
+    velocity: np.ndarray
+    growth: float
+    spin: float
+
+
+def draw_motion(rng: np.random.Generator, canvas: int, side: int) -> Motion:
+    """A window of `side` pixels that stays on the canvas for some frames."""
+    free = max(canvas - side, 0) / 2
+    middle = canvas / 2 + rng.uniform(-free, free, 2)
+    return Motion(
+        middle,
+        float(rng.uniform(0.95, 1.1)),
+        float(rng.normal(0, 0.05)),
+        float(rng.normal(0, 0.03)),
+        rng.normal(0, 1.5, 2),
+        float(np.exp(rng.normal(0, 0.012))),
+        float(rng.normal(0, 0.008)),
+    )
+
+
+def window(canvas: np.ndarray, motion: Motion, frames: int, height: int, width: int) -> np.ndarray:
+    """What the window shows of uint8 [S, S, 3]: uint8 [T, H, W, 3]."""
+    shown = []
+    for number in range(frames):
+        zoom, angle = motion.zoom * motion.growth**number, motion.angle + motion.spin * number
+        cosine, sine = np.cos(angle) / zoom, np.sin(angle) / zoom
+        turn = np.array([[cosine, -sine + motion.shear], [sine, cosine]])
+        middle = motion.middle + number * motion.velocity
+        offset = middle - turn @ np.array([width / 2, height / 2])
+        shown.append(
+            cv2.warpAffine(
+                canvas,
+                np.column_stack([turn, offset]),
+                (width, height),
+                flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                borderMode=cv2.BORDER_REFLECT,
+            )
+        )
+    return np.stack(shown)
+
+
+def draw_real_samples(
+    pairs: Pairs,
+    paintings: np.ndarray,
+    vae: WanVAE | PatchVAE,
+    encoder: ImageEncoder,
+    *,
+    seed: int,
+    sizes: Mapping[ClipSize, float] = REAL_SIZES,
+) -> TinySamples:
+    """Cut windows out of the pairs and encode them.
+
+    Args:
+        pairs: of the teacher.
+        paintings: uint8 [N, 160, 160, 3] whose styles they have.
+        vae: of the latents.
+        encoder: of the references.
+        seed: of everything.
+        sizes: with how many windows of each size a pair is shown.
+    """
+    jobs: dict[ClipSize, list[tuple[np.ndarray, np.ndarray, int]]] = {size: [] for size in sizes}
+    references: list[Tensor] = []
+    for number, style in enumerate(tqdm(pairs.styles, desc="windows", disable=None)):
+        rng = np.random.default_rng([seed, 13, number])
+        references += [_reference(rng, paintings[style]) for _ in range(2)]
+        for size, count in sizes.items():
+            for _ in range(int(count + rng.random())):
+                own = rng.random() < OWN_SHARE and size.height <= PAINTING_PX
+                target = paintings[style] if own else pairs.stylized[number]
+                content = target if own else pairs.contents[number]
+                clips = _cut(rng, content, target, size)
+                jobs[size].append((*clips, 2 * number + int(rng.integers(2))))
+    latents, controls, owners, captions = [], [], [], []
+    rng = np.random.default_rng([seed, 14])
+    for size, items in jobs.items():
+        for first in tqdm(range(0, len(items), 32), desc=f"latents of {size}", disable=None):
+            part = items[first : first + 32]
+            latents += list(encode_clips(vae, np.stack([target for _, target, _ in part])))
+            tiles = [_tile(content, size) for content, _, _ in part]
+            controls += list(encode_clips(vae, np.stack(tiles)))
+            owners += [owner for _, _, owner in part]
+            captions += [str(rng.choice(CAPTIONS)) for _ in part]
+    patches, embeds = [], []
+    for first in range(0, len(references), 32):
+        features = encoder.encode(torch.stack(references[first : first + 32]))
+        patches.append(features.patch_features.half())
+        embeds.append(features.image_embeds.half())
+    return TinySamples(
+        latents, controls, captions, owners, torch.cat(patches), torch.cat(embeds), {}
+    )
+
+
+def _cut(
+    rng: np.random.Generator, content: np.ndarray, target: np.ndarray, size: ClipSize
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same window of both; a still is cut pixel by pixel, so that nothing is blurred."""
+    side = len(target)
+    if size.num_frames == 1:
+        y, x = rng.integers(0, side - size.height + 1), rng.integers(0, side - size.width + 1)
+        place = np.s_[None, y : y + size.height, x : x + size.width]
+        both = content[place], target[place]
+    else:
+        motion = draw_motion(rng, side, max(size.height, size.width))
+        shape = size.num_frames, size.height, size.width
+        both = window(content, motion, *shape), window(target, motion, *shape)
+    return both if rng.random() < 0.5 else (both[0][:, :, ::-1], both[1][:, :, ::-1])
+
+
+def _tile(content: np.ndarray, size: ClipSize) -> np.ndarray:
+    tile = gray_tile(np.ascontiguousarray(content), size.height, size.width, factor=size.tile)
+    return ((tile.permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()
+
+
+def _reference(rng: np.random.Generator, painting: np.ndarray) -> Tensor:
+    side = int(len(painting) * rng.uniform(SMALLEST_REFERENCE, 1))
+    y, x = rng.integers(0, len(painting) - side + 1, 2)
+    part = painting[y : y + side, x : x + side]
+    part = part[:, ::-1] if rng.random() < 0.5 else part
+    return clip_pixels(np.ascontiguousarray(part), size=REFERENCE_PX)
