@@ -21,7 +21,7 @@ from .judges import TOKEN_PX
 from .real_set import RealScores, RealSet
 from .restyle import restyle
 
-NUM_FEW = 8  # stills of the gates that generate one for each of several strengths
+NUM_FEW = 6  # stills of the gates that generate one for each of several strengths
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 GUIDANCES = (0.0, 1.0, 2.0, 3.0)
 CUT_AT = 6  # frame of a clip of 9, inside a group of 4

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from stylemaster_core.data.images import clip_pixels
 from stylemaster_core.data.views import View
+from stylemaster_core.errors import StyleMasterError
 from stylemaster_core.models.image_encoder import ImageEncoder, load_image_encoder
 from stylemaster_core.models.patch_vae import PatchVAE, create_patch_vae
 from stylemaster_core.models.vae import WanVAE, load_vae
@@ -232,7 +233,7 @@ class Recipe:
         steps = self.profile.encoder_steps
         config = EncoderConfig(
             batch_styles=self.profile.encoder_batch,
-            warmup_steps=min(100, steps // 5),
+            warmup_steps=max(min(100, steps // 5), 1),
             lr=1e-3 if self.start else 2e-3,
         )
         train_encoder(
@@ -621,10 +622,6 @@ def main() -> int:
     profile = dataclasses.replace(PROFILES[options.profile], **changes)
     if (options.art is None) != (options.photos is None):
         parser.error("--art and --photos belong together: give both, or none")
-    if options.bundle:
-        paths = write_bundle(options.out, options.bundle, weights=options.from_shipped)
-        logger.info("wrote %d archives to %s", len(paths), options.bundle)
-        return 0
     recipe = Recipe(
         options.out,
         profile,
@@ -635,10 +632,17 @@ def main() -> int:
         start=SHIPPED if options.from_shipped else None,
     )
     try:
+        if options.bundle:
+            paths = write_bundle(options.out, options.bundle, weights=options.from_shipped)
+            logger.info("wrote %d archives to %s", len(paths), options.bundle)
+            return 0
         recipe.run(options.until)
     except TimeOver:
         logger.info("the time is over; call again to go on")
         return UNFINISHED
+    except StyleMasterError as error:
+        logger.error("%s", error)
+        return 2
     if options.ship:
         recipe.ship(options.ship)
     return 0

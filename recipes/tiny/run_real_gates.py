@@ -112,14 +112,15 @@ def run(
         def distance(**settings: float) -> float:
             return measure_real(studio.make(few, **settings), judged, few).style_distance
 
-        strengths = {s: distance(strength=s) for s in real_gates.STRENGTHS}
+        made = measure_real([results[i] for i in few], judged, few).style_distance
+        strengths = {s: made if s == 1 else distance(strength=s) for s in real_gates.STRENGTHS}
         note(real_gates.falling_gate("strength", strengths))
         guidances = {g: distance(style_scale=g) for g in real_gates.GUIDANCES}
         note(real_gates.falling_gate("style guidance", guidances))
     return found, {name: s.summary() for name, s in scores.items()}, _sheet(clips, real)
 
 
-NUM_SWEPT = len(real_gates.STRENGTHS) + len(real_gates.GUIDANCES)
+NUM_SWEPT = len(real_gates.STRENGTHS) - 1 + len(real_gates.GUIDANCES)
 
 
 def in_gray(clip: np.ndarray) -> np.ndarray:
