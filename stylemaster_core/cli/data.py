@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .model_options import add_model_options, open_models, parse_size
+from .model_options import (
+    TINY,
+    TINY_STYLECRAFTER,
+    add_model_options,
+    open_models,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from ..data.cache_writer import CachePlan
@@ -85,13 +91,14 @@ def _add_encode(actions: Any) -> None:
         type=parse_size,
         action="append",
         metavar="WxH",
-        help="may be repeated: each clip gets the most similar one; default 832x480",
+        help="may be repeated: each clip gets the most similar one; default 832x480, of the small "
+        "model 128x128",
     )
-    encode.add_argument("--frames", type=int, default=81, help="of clips, 4n+1")
+    encode.add_argument("--frames", type=int, help="of clips, 4n+1; default 81, small model 17")
     encode.add_argument("--fps", type=float, default=16.0, help="of clips; 0 takes every frame")
     encode.add_argument("--short", default="reject", choices=("reject", "trim"))
     encode.add_argument("--tile", action="store_true", help="gray tile of every sample")
-    encode.add_argument("--tile-factor", type=int, default=8)
+    encode.add_argument("--tile-factor", type=int, help="default 8, of the small model 2")
     encode.add_argument("--crop", default="center", choices=("center", "pad", "squash"))
     encode.add_argument("--seed", type=int, default=0, help="of the content shuffle")
     encode.add_argument(
@@ -356,14 +363,21 @@ def _sample_plan(args: argparse.Namespace, models: Models, stack: ExitStack) -> 
         load_pixels,
         sample_bytes,
     )
+    from .small_model import encode_settings
 
+    wanted: dict[str, Any] = {"size": [(480, 832)], "frames": 81, "tile_factor": 8}
+    if args.model in (TINY, TINY_STYLECRAFTER):
+        wanted = encode_settings()
+    wanted |= {name: getattr(args, name) for name in wanted if getattr(args, name) is not None}
     clip = ClipConfig(
-        sizes=tuple(args.size or [(480, 832)]),
-        num_frames=args.frames,
+        sizes=tuple(wanted["size"]),
+        num_frames=wanted["frames"],
         fps=args.fps or None,
         short=args.short,
     )
-    config = EncodeConfig(clip, args.tile, args.tile_factor, args.crop, args.seed, args.store_dtype)
+    config = EncodeConfig(
+        clip, args.tile, wanted["tile_factor"], args.crop, args.seed, args.store_dtype
+    )
     samples = _read_samples(args)
     encoders = Encoders(
         stack.enter_context(models.vae()),

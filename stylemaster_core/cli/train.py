@@ -57,6 +57,12 @@ def _add_trainer(parser: argparse.ArgumentParser) -> None:
         help="any setting, such as optimizer.ema_decay=0.999; may be given several times",
     )
     weights = parser.add_argument_group("weights to start from")
+    weights.add_argument(
+        "--model",
+        choices=("tiny", "tiny-stylecrafter"),
+        help="go on from the small model that comes with this package, trained as it was; files "
+        "that are named take the place of its own",
+    )
     for option in FILES:
         weights.add_argument(f"--{option.replace('_', '-')}", type=Path, metavar="PATH")
     encoders = parser.add_argument_group("encoders")
@@ -74,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.dry_run import describe
     from ..training.loop import train
     from ..training.setup import TrainingFiles, create_trainer
+    from .small_model import small_model_files, small_model_settings
 
     name: Any = args.config or DEFAULT_PRESET.get(args.trainer, args.trainer)
     config = read_config(name)
@@ -82,8 +89,15 @@ def run(args: argparse.Namespace) -> int:
             f"{args.config} is a config for the trainer {config.trainer!r}, not {args.trainer!r}; "
             "name a config for it"
         )
+    small = []
+    if args.model:
+        for option, path in small_model_files(args.trainer, args.model).items():
+            if getattr(args, option) is None:
+                setattr(args, option, path)
+        # A config that is named says all by itself.
+        small = [] if args.config else small_model_settings(args.trainer)
     shortcuts = [f"{n}={getattr(args, o)}" for o, n in SHORT.items() if getattr(args, o)]
-    config = override(config, [*shortcuts, *args.set])
+    config = override(config, [*small, *shortcuts, *args.set])
     for option in (*FILES, "vae", "text_encoder", "tokenizer"):
         path = getattr(args, option)
         if path is not None and not path.exists():
