@@ -82,7 +82,7 @@ def add_parser(subparsers: Any) -> None:
         "--temporal",
         type=Path,
         metavar="PATH",
-        help="StyleCrafter's temporal layers (temporal_v1), in place of the UNet's",
+        help="StyleCrafter's temporal layers (temporal_v1_1), in place of the UNet's",
     )
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")

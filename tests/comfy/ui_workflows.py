@@ -26,6 +26,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "1  Models": (
         "StyleMasterTinyLoader",
         "CheckpointLoaderSimple",
+        "StyleMasterVideoCrafterLoader",
         "UNETLoader",
         "CLIPLoader",
         "VAELoader",
@@ -257,7 +258,26 @@ def note_of(name: str, api: Mapping[str, Any]) -> str:
     return text + ("\n## Files\n\n" + "\n".join(lines) + "\n" if lines else "")
 
 
+_VIDEOCRAFTER = (
+    "- {} in `models/{}`: put VideoCrafter's "
+    "[model.ckpt](https://huggingface.co/VideoCrafter/Text2Video-512) somewhere (its licence "
+    "allows research and non-commercial use) and, in the pack's folder, run "
+    "`python -m stylemaster_core weights convert FILE` with ComfyUI's Python; then rename the file"
+)
+_STYLECRAFTER = (
+    "- `{}.safetensors` in `models/stylecrafter`, made in the same way of "
+    "[{}.pth](https://huggingface.co/liuhuohuo/StyleCrafter)"
+)
 _OWN_FILES = {
+    "videocrafter_t2v_512_unet.safetensors": _VIDEOCRAFTER.format(
+        "`videocrafter_t2v_512_unet.safetensors`", "diffusion_models"
+    ),
+    "videocrafter_t2v_512_text_encoder.safetensors": "- "
+    "`videocrafter_t2v_512_text_encoder.safetensors` in `models/text_encoders`, from the same",
+    "videocrafter_t2v_512_vae.safetensors": "- `videocrafter_t2v_512_vae.safetensors` in "
+    "`models/vae`, from the same",
+    "adapter_v1.safetensors": _STYLECRAFTER.format("adapter_v1", "adapter_v1"),
+    "temporal_v1_1.safetensors": _STYLECRAFTER.format("temporal_v1_1", "temporal_v1_1"),
     "stylemaster_adapter.safetensors": "- `stylemaster_adapter.safetensors` in "
     "`models/stylemaster`: put the released "
     "[stylemaster.ckpt](https://huggingface.co/KlingTeam/StyleMaster) there; choosing it in *Style "
