@@ -28,7 +28,7 @@ DEFAULT_FILES = {
     "unet": "diffusion_models/videocrafter_t2v_512_unet.safetensors",
     "vae": "vae/videocrafter_t2v_512_vae.safetensors",
     "text_encoder": "text_encoders/videocrafter_t2v_512_text_encoder.safetensors",
-    "adapter": "stylecrafter/adapter_v1.safetensors",
+    "adapter": "stylecrafter/stylecrafter_adapter_v1.safetensors",
     "image_encoder": "clip_vision/clip_vision_h.safetensors",
 }
 HELP = {

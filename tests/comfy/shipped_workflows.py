@@ -98,8 +98,8 @@ def write_models(models_dir: Path) -> None:
         models_dir,
         {
             "unet": "diffusion_models/videocrafter_t2v_512_unet.safetensors",
-            "adapter": "stylecrafter/adapter_v1.safetensors",
-            "temporal": "stylecrafter/temporal_v1_1.safetensors",
+            "adapter": "stylecrafter/stylecrafter_adapter_v1.safetensors",
+            "temporal": "stylecrafter/stylecrafter_temporal_v1_1.safetensors",
         },
     )
     kept = ours / "styles" / "blend_00001_.safetensors"

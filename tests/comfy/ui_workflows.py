@@ -258,26 +258,18 @@ def note_of(name: str, api: Mapping[str, Any]) -> str:
     return text + ("\n## Files\n\n" + "\n".join(lines) + "\n" if lines else "")
 
 
-_VIDEOCRAFTER = (
-    "- {} in `models/{}`: put VideoCrafter's "
-    "[model.ckpt](https://huggingface.co/VideoCrafter/Text2Video-512) somewhere (its licence "
-    "allows research and non-commercial use) and, in the pack's folder, run "
-    "`python -m stylemaster_core weights convert FILE` with ComfyUI's Python; then rename the file"
-)
-_STYLECRAFTER = (
-    "- `{}.safetensors` in `models/stylecrafter`, made in the same way of "
-    "[{}.pth](https://huggingface.co/liuhuohuo/StyleCrafter)"
-)
 _OWN_FILES = {
-    "videocrafter_t2v_512_unet.safetensors": _VIDEOCRAFTER.format(
-        "`videocrafter_t2v_512_unet.safetensors`", "diffusion_models"
-    ),
-    "videocrafter_t2v_512_text_encoder.safetensors": "- "
-    "`videocrafter_t2v_512_text_encoder.safetensors` in `models/text_encoders`, from the same",
-    "videocrafter_t2v_512_vae.safetensors": "- `videocrafter_t2v_512_vae.safetensors` in "
-    "`models/vae`, from the same",
-    "adapter_v1.safetensors": _STYLECRAFTER.format("adapter_v1", "adapter_v1"),
-    "temporal_v1_1.safetensors": _STYLECRAFTER.format("temporal_v1_1", "temporal_v1_1"),
+    "videocrafter_t2v_512_unet.safetensors": "- `videocrafter_t2v_512_unet.safetensors` in "
+    "`models/diffusion_models`, `videocrafter_t2v_512_vae.safetensors` in `models/vae` and "
+    "`videocrafter_t2v_512_text_encoder.safetensors` in `models/text_encoders`: in the pack's "
+    "folder, run `python -m stylemaster_core weights download videocrafter-t2v-512` and then `... weights "
+    "convert FILE` with ComfyUI's Python, or get "
+    "[model.ckpt](https://huggingface.co/VideoCrafter/Text2Video-512) (research and non-commercial "
+    "use) yourself",
+    "stylecrafter_adapter_v1.safetensors": "- `stylecrafter_adapter_v1.safetensors` and "
+    "`stylecrafter_temporal_v1_1.safetensors` in `models/stylecrafter`, in the same way of "
+    "`stylecrafter-adapter` and `stylecrafter-temporal` "
+    "([adapter_v1.pth, temporal_v1_1.pth](https://huggingface.co/liuhuohuo/StyleCrafter))",
     "stylemaster_adapter.safetensors": "- `stylemaster_adapter.safetensors` in "
     "`models/stylemaster`: put the released "
     "[stylemaster.ckpt](https://huggingface.co/KlingTeam/StyleMaster) there; choosing it in *Style "

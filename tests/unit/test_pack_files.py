@@ -206,7 +206,8 @@ def test_models_that_can_be_downloaded_say_where(name):
             assert model.get("hash") == entry.sha256
             assert model.get("hash_type") == ("SHA256" if entry.sha256 else None)
         loaders += len(models)
-    fewer = {"saved_style": 3, shipped_workflows.SDXL: 2} | dict.fromkeys(shipped_workflows.TINY, 0)
+    fewer = {"saved_style": 3, shipped_workflows.SDXL: 2, shipped_workflows.VIDEOCRAFTER: 1}
+    fewer |= dict.fromkeys(shipped_workflows.TINY, 0)
     assert loaders == fewer.get(name, 4)
 
 
