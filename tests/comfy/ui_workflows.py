@@ -262,8 +262,8 @@ _OWN_FILES = {
     "videocrafter_t2v_512_unet.safetensors": "- `videocrafter_t2v_512_unet.safetensors` in "
     "`models/diffusion_models`, `videocrafter_t2v_512_vae.safetensors` in `models/vae` and "
     "`videocrafter_t2v_512_text_encoder.safetensors` in `models/text_encoders`: in the pack's "
-    "folder, run `python -m stylemaster_core weights download videocrafter-t2v-512` and then `... weights "
-    "convert FILE` with ComfyUI's Python, or get "
+    "folder, run `python -m stylemaster_core weights download videocrafter-t2v-512` and then `... "
+    "weights convert FILE` with ComfyUI's Python, or get "
     "[model.ckpt](https://huggingface.co/VideoCrafter/Text2Video-512) (research and non-commercial "
     "use) yourself",
     "stylecrafter_adapter_v1.safetensors": "- `stylecrafter_adapter_v1.safetensors` and "
