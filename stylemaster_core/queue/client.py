@@ -18,11 +18,10 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 import yarl
 
-from ..errors import ConfigError
 from . import answers
 from .answers import AnswerError, OutputFile, plain
 from .jobs import UPLOAD_FOLDER, InputFile
-from .workflow import Workflow
+from .workflow import Workflow, server_address
 
 T = TypeVar("T")
 
@@ -113,7 +112,7 @@ class ComfyClient:
     def __init__(
         self, url: str, timeout_s: float, max_result_bytes: int = MAX_RESULT_BYTES
     ) -> None:
-        self.url = _checked(url)
+        self.url = server_address(url)
         self.client_id = f"stylemaster-{uuid.uuid4().hex}"
         self._timeout_s = timeout_s
         self._max_result_bytes = max_result_bytes
@@ -461,10 +460,3 @@ def _wait_s(retry_after: str | None) -> float | None:
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
     return min(max(wait_s, 0.0), _MAX_WAIT_S)
-
-
-def _checked(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise ConfigError(f"--server {url!r}: expected http://HOST:PORT, without a user name.")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"

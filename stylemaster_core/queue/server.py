@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import answers
-from .answers import AnswerError
+from .answers import AnswerError, plain
 from .board import Board, Fetched
 from .client import (
     ComfyClient,
@@ -227,6 +227,8 @@ class Server:
         held = self._hold(job, prompt_id, prompt)
         try:
             got = await self._client.submit(prompt, prompt_id)
+            if got != prompt_id and got in self._held:
+                raise ServerSick(f"{self.url} gives two jobs the id {plain(got, 80)}")
         except RequestRejected as error:
             await self._drop(held)
             self._board.fail(job, self, str(error))
