@@ -28,11 +28,9 @@ SLOW_S = 0.5  # in place of 30 s
 
 
 def run(folder, urls, texts, *, timeout_s=0.4, **config):
-    """Run jobs with these prompts; return their results."""
+    """Run jobs with these prompts and the style of `folder`; return their results."""
     config = RunConfig(timeout_s=timeout_s, **({"poll_s": 0.02, "give_up_s": 30.0} | config))
     style = folder / "style.png"
-    if not style.exists():
-        style.write_bytes(b"style")
     jobs = make_jobs(WORKFLOW, [Row(prompt=text, style=style) for text in texts])
     clients = [ComfyClient(url, timeout_s, MAX_RESULT_BYTES) for url in urls]
     out = folder / "out"
@@ -52,6 +50,7 @@ def run_batch(folder, fakes, texts, *, deadline_s=60.0, **options):
         Exception: what the run raises.
         TimeoutError: if it is not over in time.
     """
+    (folder / "style.png").write_bytes(b"style")
     pool = ThreadPoolExecutor(1)
     try:
         urls = [fake.url for fake in fakes]
@@ -86,6 +85,7 @@ class Batches:
             "statuses" of the results, "error" (a traceback or None), "was_killed", and
             "peak_bytes" of memory.
         """
+        (folder / "style.png").write_bytes(b"style")
         order = {"folder": str(folder), "urls": [fake.url for fake in fakes], "texts": texts}
         self._process.stdin.write(json.dumps(order | {"options": options}) + "\n")
         self._process.stdin.flush()

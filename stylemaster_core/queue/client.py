@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import itertools
 import json
 import time
 import urllib.parse
@@ -33,6 +34,7 @@ SLOW_S = 30.0
 
 _CHUNK_BYTES = 1 << 18
 _SMALL_BYTES = 1 << 16
+_MAX_INTERIM = 16
 _PROBE_TIMEOUT_S = 10.0
 _MAX_WAIT_S = 86_400.0
 _GATEWAY_STATUS = (502, 503, 504)  # a gateway in front of a server that is gone or not up yet
@@ -92,6 +94,27 @@ class _Reply(NamedTuple):
     body: bytes
 
 
+class _Response(aiohttp.ClientResponse):
+    """An answer that only a few of the kind "100 Continue" may come before."""
+
+    async def start(self, connection: Any) -> aiohttp.ClientResponse:
+        protocol = connection.protocol
+        read, count = protocol.read, itertools.count()
+
+        async def read_some() -> Any:
+            if next(count) > _MAX_INTERIM:
+                raise aiohttp.ClientResponseError(
+                    self.request_info, self.history, message="it goes on announcing an answer"
+                )
+            return await read()
+
+        protocol.read = read_some
+        try:
+            return await super().start(connection)
+        finally:
+            del protocol.read
+
+
 class ComfyClient:
     """Talk to one ComfyUI server, within one event loop.
 
@@ -125,6 +148,7 @@ class ComfyClient:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=8, keepalive_timeout=10),
+                response_class=_Response,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"Accept-Encoding": "identity"},
                 auto_decompress=False,
