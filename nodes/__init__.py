@@ -17,7 +17,6 @@ from . import (
     tiny,
     training,
     training_monitor,
-    videocrafter,
 )
 from .paths import register_folders
 
@@ -41,6 +40,5 @@ class StyleMasterExtension(ComfyExtension):
             training,
             training_monitor,
             tiny,
-            videocrafter,
         )
         return [node for module in modules for node in module.NODES]

@@ -121,6 +121,7 @@ class FolderVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder: str, index: int, first_frame: int, max_frames: int) -> io.NodeOutput:
+        from ..stylemaster_core.data.picture_sequences import square_pixels
         from ..stylemaster_core.data.sound import read_sound
         from ..stylemaster_core.data.timing import steady_fps
         from ..stylemaster_core.data.videos import probe_video, read_video
@@ -135,8 +136,11 @@ class FolderVideo(io.ComfyNode):
         if clip.audio_from is not None:
             end_s = clip.start_s + clip.duration_s
             sound = read_sound(clip.audio_from, start_s=clip.start_s, end_s=end_s)
+        frames = clip.frames
+        if clip.pixel_aspect != 1:
+            frames = np.stack([square_pixels(frame, clip.pixel_aspect) for frame in frames])
         return io.NodeOutput(
-            frames_to_image(clip.frames),
+            frames_to_image(frames),
             float(clip.fps),
             path.stem,
             None if sound is None else sound_to_audio(sound.samples, sound.sample_rate),

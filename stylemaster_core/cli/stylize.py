@@ -31,16 +31,22 @@ if TYPE_CHECKING:
     from ..pipelines.stylize import StylizeConfig
 
 GENERATED_FPS = Fraction(16)  # Wan 2.1's frame rate
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TASKS = ("text-to-video", "video-to-video", "text-to-image", "image-to-image")
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `stylize` to the command line."""
+    from ..data.videos import Codec
     from .style_options import add_style_options
 
     parser = subparsers.add_parser("stylize", description=__doc__)
     parser.set_defaults(run=run)
-    parser.add_argument("output", type=Path, help=".mp4, .mov, .mkv or .webm; .png for an image")
+    parser.add_argument(
+        "output",
+        type=Path,
+        help=".mp4, .mov, .mkv, .webm, .gif, .webp or frames/%%05d.png; image: .png, .jpg, .webp",
+    )
     parser.add_argument("--task", choices=TASKS, help="default: follows from --video or --image")
     parser.add_argument("--video", type=Path, help="video to restyle; its times and audio are kept")
     parser.add_argument("--image", type=Path, help="image to restyle")
@@ -90,6 +96,26 @@ def add_parser(subparsers: Any) -> None:
         help="frames a second of the result; a given video is resampled in time, and --start-frame "
         "and --max-frames count its new frames; default: as the video, text-to-video 16",
     )
+    group.add_argument(
+        "--codec",
+        choices=get_args(Codec),
+        help="prores (422 HQ) or prores4444 in .mov, vp9 in .mkv",
+    )
+    group.add_argument(
+        "--crf",
+        type=int,
+        default=16,
+        help="of H.264 and VP9, 0 (best) to 51; default 16",
+    )
+    group.add_argument(
+        "--quality", type=int, default=95, help="of .jpg and .webp, 1 to 100; default 95"
+    )
+    group.add_argument(
+        "--keep-alpha",
+        action="store_true",
+        help="the result is as transparent as the input (.webm, .mov as prores4444, .webp, .png); "
+        "else the input is put on white",
+    )
     group.add_argument("--window", type=int, default=81, help="frames per window of long videos")
     group.add_argument("--window-overlap", type=int, default=28, help="frames")
     group.add_argument("--batch-branches", action="store_true", help="faster, more memory")
@@ -100,9 +126,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `stylemaster stylize`."""
+    import numpy as np
     from tqdm import tqdm
 
-    from ..data.videos import VIDEO_CODECS, as_fps, write_video
+    from ..data.videos import VideoClip, as_fps
     from ..pipelines.stylize import check_config, needed_files, result_size, stylize
     from ..writing import check_place, write_or_rescue
     from .preflight import check_room, stand_in, try_writing
@@ -110,9 +137,7 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     task = _task(args)
-    wanted = {".png"} if task.endswith("image") else set(VIDEO_CODECS)
-    if args.output.suffix.lower() not in wanted:
-        raise ConfigError(f"{task} writes {', '.join(sorted(wanted))}; got {args.output.name!r}")
+    _check_output(args, task)
     fps = None if args.fps is None else as_fps(args.fps)
     check_place(args.output, overwrite=args.overwrite)
     check_style_options(args)
@@ -131,19 +156,12 @@ def run(args: argparse.Namespace) -> int:
         option="--frames" if source is None else "--max-frames",
     )
 
-    clip = _read_input(args, fps)
+    clip = _read_input(args, fps) or VideoClip(
+        np.zeros((0, 0, 0, 3), np.uint8), fps or GENERATED_FPS
+    )
 
     def write(path: Path, frames: np.ndarray) -> None:
-        times_s = None if clip is None else clip.times_s
-        write_video(
-            path,
-            frames,
-            fps=(fps or GENERATED_FPS) if clip is None else clip.fps,
-            times_s=None if times_s is None else times_s[: len(frames) + 1],
-            audio_from=None if clip is None else clip.audio_from,
-            audio_start_s=0.0 if clip is None else clip.start_s,
-            overwrite=args.overwrite,
-        )
+        _write(args, path, frames, clip, task)
 
     try_writing(args.output, size, write)
     _say(args, f"{task}: {args.output.name}")
@@ -159,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
                 models,
                 style,
                 config,
-                frames=None if clip is None else clip.frames,
+                frames=clip.frames if len(clip.frames) else None,
                 callback=lambda _: bar.update(),
                 stage=lambda name: _say(args, name),
             )
@@ -187,14 +205,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _task(args: argparse.Namespace) -> str:
     """The task that the inputs mean; an explicit one must agree with them."""
+    from ..data.videos import is_numbered
+
     if args.video and args.image:
         raise ConfigError("give a --video or an --image to restyle, not both")
-    is_image = args.output.suffix.lower() == ".png"
+    # .webp holds an image as well as a video.
+    is_webp = args.output.suffix.lower() == ".webp" and args.task == "text-to-image"
+    is_image = args.output.suffix.lower() in PICTURES[:-1] and not is_numbered(args.output)
     source = "video" if args.video else "image" if args.image else "text"
     implied = {
         "video": "video-to-video",
         "image": "image-to-image",
-        "text": "text-to-image" if is_image else "text-to-video",
+        "text": "text-to-image" if is_image or is_webp else "text-to-video",
     }[source]
     if args.task and args.task != implied:
         raise ConfigError(
@@ -202,6 +224,59 @@ def _task(args: argparse.Namespace) -> str:
             "(--video, --image and the ending of the output decide)"
         )
     return implied
+
+
+def _check_output(args: argparse.Namespace, task: str) -> None:
+    from ..data.videos import WRITTEN_ENDINGS, check_numbered, is_numbered
+
+    if is_numbered(args.output) and task.endswith("video"):
+        check_numbered(args.output)
+        return
+    wanted = PICTURES if task.endswith("image") else WRITTEN_ENDINGS
+    if args.output.suffix.lower() not in wanted or is_numbered(args.output):
+        raise ConfigError(f"{task} writes {', '.join(wanted)}; got {args.output.name!r}")
+
+
+def _write(
+    args: argparse.Namespace, path: Path, frames: np.ndarray, clip: VideoClip, task: str
+) -> None:
+    """Write the result with what belongs to its input."""
+    import numpy as np
+    from PIL import Image
+
+    from ..data.gray_tile import cover_resize
+    from ..data.images import write_image
+    from ..data.videos import write_video
+
+    alpha = None
+    if clip.alpha is not None:
+        size = frames.shape[1:3]
+        pictures = (Image.fromarray(opacity) for opacity in clip.alpha[: len(frames)])
+        alpha = np.stack([np.asarray(cover_resize(picture, *size)) for picture in pictures])
+    if task.endswith("image"):
+        write_image(
+            path,
+            frames[0],
+            alpha=None if alpha is None else alpha[0],
+            quality=args.quality,
+            overwrite=args.overwrite,
+        )
+        return
+    write_video(
+        path,
+        frames,
+        fps=clip.fps,
+        times_s=None if clip.times_s is None else clip.times_s[: len(frames) + 1],
+        pixel_aspect=clip.pixel_aspect,
+        alpha=alpha,
+        tags=clip.tags,
+        audio_from=clip.audio_from,
+        audio_start_s=clip.start_s,
+        codec=args.codec,
+        crf=args.crf,
+        quality=args.quality,
+        overwrite=args.overwrite,
+    )
 
 
 def _probe_input(args: argparse.Namespace, task: str) -> VideoInfo | None:
@@ -237,10 +312,16 @@ def _read_input(args: argparse.Namespace, fps: Fraction | None) -> VideoClip | N
 
     if args.video:
         return read_video(
-            args.video, start_frame=args.start_frame, max_frames=args.max_frames, fps=fps
+            args.video,
+            start_frame=args.start_frame,
+            max_frames=args.max_frames,
+            fps=fps,
+            keep_alpha=args.keep_alpha,
         )
     if args.image:
-        return VideoClip(read_image(args.image)[None], GENERATED_FPS)
+        pixels = read_image(args.image, keep_alpha=args.keep_alpha)[None]
+        alpha = pixels[..., 3] if pixels.shape[-1] == 4 else None
+        return VideoClip(pixels[..., :3], GENERATED_FPS, alpha=alpha)
     return None
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from ..errors import LayoutError
-from .images import open_picture, read_image, to_rgb
+from .images import read_image
 from .media_files import IMAGE_ENDINGS, media_files
+from .picture_pixels import open_picture, to_rgb, to_rgba
 from .timing import IMAGES_FPS, UNTIMED_FPS, TimedFrame, Timing, timing_of
 
 _ANIMATED = frozenset({"GIF", "PNG", "WEBP", "AVIF", "TIFF"})
@@ -57,15 +58,20 @@ def image_timing(path: Path) -> tuple[int, Timing]:
     return count, timing_of(starts_s, end_s - starts_s[-1], [IMAGES_FPS], _TICK_S)
 
 
-def image_frames(path: Path) -> Iterator[TimedFrame]:
+def image_frames(path: Path, *, keep_alpha: bool = False) -> Iterator[TimedFrame]:
     """Decode images one by one: uint8 [H, W, 3], upright, on white.
+
+    Args:
+        path: an image or a folder of them.
+        keep_alpha: give uint8 [H, W, 4] of those with transparency.
 
     Raises:
         LayoutError: if there are none, or one is damaged.
     """
     if path.is_dir():
         for index, file in enumerate(image_files(path)):
-            yield TimedFrame(read_image(file), index / float(IMAGES_FPS), 1 / float(IMAGES_FPS))
+            pixels = read_image(file, keep_alpha=keep_alpha)
+            yield TimedFrame(pixels, index / float(IMAGES_FPS), 1 / float(IMAGES_FPS))
         return
     with _animation(path) as image:
         count = _num_frames(image)
@@ -73,10 +79,12 @@ def image_frames(path: Path) -> Iterator[TimedFrame]:
             start_s = 0.0
             for index in range(count):
                 duration_s = _duration_s(image, index)
-                yield TimedFrame(to_rgb(image), start_s, duration_s)
+                with_alpha = keep_alpha and image.has_transparency_data
+                pixels = to_rgba(image) if with_alpha else to_rgb(image)
+                yield TimedFrame(pixels, start_s, duration_s)
                 start_s += duration_s
             return
-    yield TimedFrame(read_image(path), 0.0, 1 / float(IMAGES_FPS))
+    yield TimedFrame(read_image(path, keep_alpha=keep_alpha), 0.0, 1 / float(IMAGES_FPS))
 
 
 @contextmanager

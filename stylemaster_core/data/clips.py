@@ -15,6 +15,7 @@ from ..errors import ConfigError, LayoutError
 from ..layouts import SIZE_MULTIPLE, TEMPORAL_STRIDE
 from .gray_tile import cover_resize_frames
 from .images import read_image
+from .picture_sequences import square_pixels
 from .samples import Sample
 from .still_videos import check_num_frames, still_clip
 from .timing import Timing, as_fps, pick_at_rate
@@ -82,9 +83,9 @@ def load_clip(sample: Sample, config: ClipConfig) -> Clip:
     else:
         wanted = pick_at_rate(Timing(info.fps, info.times_s), info.num_frames, as_fps(config.fps))
         wanted = wanted[:num_frames].tolist()
-    size = choose_size((info.height, info.width), config.sizes)
+    size = choose_size((info.height, round(info.width * info.pixel_aspect)), config.sizes)
     middle = min(num_frames, info.num_frames) // 2
-    frames, picture = _read(sample.media, wanted, size, middle)
+    frames, picture = _read(sample.media, wanted, size, middle, info.pixel_aspect)
     if len(frames) < num_frames:
         frames = _shortened(frames, sample.media, config)
     return Clip(frames, picture)
@@ -103,7 +104,7 @@ def pick_frames(num_frames: int, source_fps: Fraction, fps: float | None) -> lis
 
 
 def _read(
-    path: Path, wanted: Sequence[int], size: tuple[int, int], middle: int
+    path: Path, wanted: Sequence[int], size: tuple[int, int], middle: int, pixel_aspect: Fraction
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the wanted frames at the size, and one near the middle at its own."""
     frames: list[np.ndarray] = []
@@ -113,6 +114,8 @@ def _read(
     for chunk in iter_video(path, chunk_frames=CHUNK_FRAMES, max_frames=wanted[-1] + 1):
         chosen = [index - start for index in wanted if start <= index < start + len(chunk)]
         if chosen:
+            if pixel_aspect != 1:
+                chunk = np.stack([square_pixels(frame, pixel_aspect) for frame in chunk])
             if picture is None or len(frames) <= middle:
                 picture = chunk[chosen[min(max(middle - len(frames), 0), len(chosen) - 1)]].copy()
             frames.extend(cover_resize_frames(chunk[chosen], *size))

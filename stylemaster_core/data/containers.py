@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ class VideoFacts:
         tick_s: to what the file rounds its times, seconds.
         has_audio: whether there is sound.
         missing_s: seconds that the file announces and does not hold.
+        pixel_aspect: width of a pixel by its height, before the frames are turned.
+        tags: `creation_time` and `timecode`, if the file has them.
     """
 
     num_frames: int
@@ -48,6 +50,8 @@ class VideoFacts:
     tick_s: float = 0.01
     has_audio: bool = False
     missing_s: float = 0.0
+    pixel_aspect: Fraction = Fraction(1)
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 def existing(path: str | Path) -> Path:
@@ -119,7 +123,7 @@ def container_facts(path: Path) -> VideoFacts:
                 last = max(last, (-1 if packet.pts is None else packet.pts, packet.duration or 0))
         tick = stream.time_base or Fraction(1, 1000)
         times = sorted(float(pts * tick) for pts in starts if pts is not None)
-        if len(times) == len(starts) > 0:
+        if len(times) == len(starts) > 0 and _has_times(container):
             shown_s = float(last[1] * tick)
             if stream.duration and stream.frames == len(starts):
                 # Packets of .mp4 last from one decoding to the next, which is another order.
@@ -137,18 +141,19 @@ def container_facts(path: Path) -> VideoFacts:
             tick_s=float(tick),
             has_audio=bool(container.streams.audio),
             missing_s=_missing_s(container, stream, ends, 1 / float(rates[0])),
+            pixel_aspect=_pixel_aspect(stream),
+            tags=_tags(container, stream),
         )
 
 
 def decode_frames(
-    path: Path, convert: Callable[[av.VideoFrame], np.ndarray], *, start_frame: int = 0
+    path: Path, convert: Callable[[av.VideoFrame, Any], np.ndarray]
 ) -> Iterator[TimedFrame]:
     """Decode a video's frames one by one.
 
     Args:
         path: a video.
-        convert: called with each frame; makes uint8 [H, W, C] of it.
-        start_frame: how many frames to leave out at the beginning (they are decoded all the same).
+        convert: called with each frame and its decoder; makes uint8 [H, W, C] of it.
 
     Raises:
         LayoutError: if the file is damaged or has no video.
@@ -156,16 +161,56 @@ def decode_frames(
     with open_container(path) as container:
         stream = video_stream(container, path)
         stream.thread_type = "AUTO"
-        for index, frame in enumerate(container.decode(stream)):
-            if index < start_frame:
-                continue
-            tick = frame.time_base or stream.time_base
+        decoder, timed = _alpha_decoder(stream), _has_times(container)
+        for frame in _frames(container, stream, decoder):
+            tick = stream.time_base if decoder else frame.time_base or stream.time_base
             duration = getattr(frame, "duration", 0)  # not in PyAV 14
             yield TimedFrame(
-                convert(frame),
-                None if frame.pts is None or tick is None else float(frame.pts * tick),
+                convert(frame, decoder or stream.codec_context),
+                float(frame.pts * tick) if timed and frame.pts is not None and tick else None,
                 float(duration * tick) if duration and tick else None,
             )
+
+
+def _has_times(container: InputContainer) -> bool:
+    """Whether frames have times; AVI knows a rate only, and FFmpeg's guesses are out of order."""
+    return container.format.name != "avi"
+
+
+def _frames(container: InputContainer, stream: Any, decoder: Any) -> Iterator[av.VideoFrame]:
+    if decoder is None:
+        yield from container.decode(stream)
+        return
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet if packet.size else None)
+
+
+def _alpha_decoder(stream: Any) -> Any:
+    """The decoder that knows WebM's transparency, which FFmpeg's own one drops; None for others."""
+    import av
+
+    names = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+    name = names.get(stream.codec_context.name)
+    tags = {key.lower(): value for key, value in stream.metadata.items()}
+    if tags.get("alpha_mode") != "1" or name not in av.codecs_available:
+        return None
+    return av.CodecContext.create(name, "r")
+
+
+def _pixel_aspect(stream: Any) -> Fraction:
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    return aspect if Fraction(1, 10) <= aspect <= 10 else Fraction(1)
+
+
+def _tags(container: InputContainer, stream: Any) -> dict[str, str]:
+    """When it was recorded, and the timecode of its first frame."""
+    places = [stream.metadata, container.metadata, *(data.metadata for data in container.streams)]
+    tags = {}
+    for name in ("creation_time", "timecode"):
+        found = [text for place in places for key, text in place.items() if key.lower() == name]
+        if found:
+            tags[name] = found[0]
+    return tags
 
 
 def _rates(stream: Any, path: Path) -> tuple[Fraction, ...]:

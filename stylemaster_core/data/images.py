@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
 from ..writing import written_beside
+from .picture_pixels import open_picture, to_rgb, to_rgba
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CropMode = Literal["center", "pad", "squash"]
 # Scaling the short side up makes the long one this much longer: thinner images exhaust the memory.
 MAX_ASPECT = 50
-# Others, which Pillow opens by what is in a file, run programs (PostScript) or follow names.
-_PICTURE_FORMATS = (
-    *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM"),
-    *("TGA", "ICO", "QOI"),
-)
-
-
-def open_picture(path: Path) -> Image.Image:
-    """`PIL.Image.open` for the formats that are meant, whatever else Pillow knows."""
-    Image.init()
-    return Image.open(path, formats=[name for name in _PICTURE_FORMATS if name in Image.OPEN])
 
 
 def check_image(image: np.ndarray) -> np.ndarray:
@@ -62,24 +52,16 @@ def check_aspect(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """Turn a Pillow image of any mode into uint8 [H, W, 3], upright, on white where transparent."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit gray at 255 instead of scaling it.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"))
-
-
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, *, keep_alpha: bool = False) -> np.ndarray:
     """Read the first picture of an image file.
 
+    Args:
+        path: the file.
+        keep_alpha: give the opacity, too, if there is any.
+
     Returns:
-        uint8 [H, W, 3], turned upright by its EXIF orientation, transparency put on white.
+        uint8 [H, W, 3], sRGB, turned upright by its EXIF orientation, transparency put on white;
+        [H, W, 4] with its opacity.
 
     Raises:
         LayoutError: if the file is missing, empty, truncated, or no image.
@@ -91,7 +73,8 @@ def read_image(path: str | Path) -> np.ndarray:
         raise LayoutError(f"the image file {path} is empty (0 bytes); give another")
     try:
         with open_picture(path) as image:
-            return to_rgb(image)
+            with_alpha = keep_alpha and image.has_transparency_data
+            return to_rgba(image) if with_alpha else to_rgb(image)
     except UnidentifiedImageError as error:
         raise LayoutError(
             f"{path} is not an image that Pillow can read; give PNG or JPEG"
@@ -107,19 +90,46 @@ def read_image(path: str | Path) -> np.ndarray:
         ) from error
 
 
-def write_image(path: str | Path, image: np.ndarray, *, overwrite: bool = False) -> None:
+def write_image(
+    path: str | Path,
+    image: np.ndarray,
+    *,
+    alpha: np.ndarray | None = None,
+    quality: int | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write a uint8 [H, W, 3] image; the ending of `path` decides the format.
 
+    Args:
+        path: the new file.
+        image: uint8 [H, W, 3].
+        alpha: uint8 [H, W] opacity, for .png and .webp.
+        quality: of .jpg and .webp, 1 to 100 (.webp: lossless); None for Pillow's own.
+        overwrite: replace an existing file.
+
     Raises:
-        LayoutError: if `image` is not uint8 [H, W, 3].
-        ConfigError: if the ending is unknown, or the file exists already.
+        LayoutError: if `image` is not uint8 [H, W, 3], or `alpha` does not fit it.
+        ConfigError: if the ending is unknown, the quality out of range, the format cannot be
+            transparent, or the file exists already.
         DiskError: if the disk does not take it.
     """
     picture = Image.fromarray(check_image(image))
-    if Path(path).suffix.lower() not in Image.registered_extensions():
+    suffix = Path(path).suffix.lower()
+    if suffix not in Image.registered_extensions():
         raise ConfigError(f"no image format ends in {Path(path).suffix!r}; use .png, .jpg or .webp")
+    if quality is not None and not 1 <= quality <= 100:
+        raise ConfigError(f"quality {quality}; expected 1 to 100")
+    if alpha is not None:
+        if suffix not in (".png", ".webp"):
+            raise ConfigError(f"{suffix} cannot be transparent; use .png or .webp")
+        if alpha.shape != image.shape[:2] or alpha.dtype != np.uint8:
+            raise LayoutError(f"alpha is {alpha.dtype} {list(alpha.shape)}; expected uint8 [H, W]")
+        picture.putalpha(Image.fromarray(alpha))
+    options: dict[str, Any] = {}
+    if quality is not None and suffix in (".jpg", ".jpeg", ".webp"):
+        options = {"quality": quality, "lossless": quality == 100 and suffix == ".webp"}
     with written_beside(path, overwrite=overwrite) as part:
-        picture.save(part)
+        picture.save(part, **options)
 
 
 def clip_pixels(image: np.ndarray, *, crop: CropMode = "center", size: int = 224) -> Tensor:

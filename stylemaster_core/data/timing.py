@@ -73,10 +73,11 @@ def timing_of(
         if abs(duration_s - usual_s) < usual_s:
             return Timing(rates[0])
         return Timing(as_fps(1 / duration_s))
+    if (np.diff(starts) <= 0).any():
+        return Timing(rates[0])  # no times of frames in order
     last_s = last_duration_s or float(np.median(np.diff(starts)))
-    if starts[-1] > 0:
-        fitted = Fraction((len(starts) - 1) / starts[-1]).limit_denominator(1001)
-        rates.append(fitted)
+    fitted = Fraction((len(starts) - 1) / starts[-1]).limit_denominator(1001)
+    rates += [_common(fitted, 0.01), fitted]
     index = np.arange(len(starts))
     # Matroska rounds rates, too.
     for fps in (_common(rate, 1e-5) for rate in rates if rate > 0):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import ConfigError, LayoutError
 from .animations import IMAGE_ENDINGS, image_frames, image_timing, is_images
 from .containers import VideoFacts, container_facts, decode_frames, existing
+from .frame_pixels import FrameConverter
+from .picture_sequences import check_numbered, is_numbered
+from .timecode import tags_at
 from .timing import (
     IMAGES_FPS,
     TimedFrame,
@@ -25,10 +27,7 @@ from .timing import (
     timing_of,
     usual_gap_s,
 )
-from .video_writing import VIDEO_CODECS, write_video
-
-if TYPE_CHECKING:
-    import av
+from .video_writing import VIDEO_CODECS, WRITTEN_ENDINGS, Codec, write_video
 
 logger = logging.getLogger("stylemaster")
 
@@ -36,9 +35,13 @@ __all__ = [
     "IMAGES_FPS",
     "IMAGE_ENDINGS",
     "VIDEO_CODECS",
+    "WRITTEN_ENDINGS",
+    "Codec",
     "VideoClip",
     "VideoInfo",
     "as_fps",
+    "check_numbered",
+    "is_numbered",
     "iter_video",
     "probe_video",
     "read_video",
@@ -58,6 +61,7 @@ class VideoInfo:
         has_audio: whether `audio_from` of `write_video` would find something.
         times_s: float64 [num_frames + 1], where each frame begins and the last ends, seconds from
             the first frame; None where the rate is constant.
+        pixel_aspect: width of a pixel by its height.
     """
 
     num_frames: int
@@ -66,6 +70,7 @@ class VideoInfo:
     fps: Fraction
     has_audio: bool
     times_s: np.ndarray | None = None
+    pixel_aspect: Fraction = Fraction(1)
 
     @property
     def duration_s(self) -> float:
@@ -86,6 +91,9 @@ class VideoClip:
         start_s: where in that file the frames begin, seconds.
         times_s: float64 [T + 1], where each frame begins and the last ends, seconds from the first
             frame; None where the rate is constant.
+        pixel_aspect: width of a pixel by its height.
+        alpha: uint8 [T, H, W] opacity, if it was asked for and is there; `frames` are on white.
+        tags: `creation_time`, and `timecode` of the first frame, if the file has them.
     """
 
     frames: np.ndarray
@@ -93,6 +101,9 @@ class VideoClip:
     audio_from: Path | None = None
     start_s: float = 0.0
     times_s: np.ndarray | None = None
+    pixel_aspect: Fraction = Fraction(1)
+    alpha: np.ndarray | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def duration_s(self) -> float:
@@ -110,12 +121,19 @@ def probe_video(path: str | Path) -> VideoInfo:
     """
     path = existing(path)
     facts = _facts(path)
-    first = next(_decoded(path), None)
+    convert = FrameConverter(path)
+    first = next(_decoded(path, convert), None)
     if first is None:
         raise LayoutError(f"{path} has a video stream without frames; give another video")
     height, width = first.pixels.shape[:2]
     return VideoInfo(
-        facts.num_frames, height, width, facts.timing.fps, facts.has_audio, facts.timing.times_s
+        num_frames=facts.num_frames,
+        height=height,
+        width=width,
+        fps=facts.timing.fps,
+        has_audio=facts.has_audio,
+        times_s=facts.timing.times_s,
+        pixel_aspect=_upright_aspect(facts, convert),
     )
 
 
@@ -158,6 +176,7 @@ def read_video(
     start_frame: int = 0,
     max_frames: int | None = None,
     fps: float | Fraction | None = None,
+    keep_alpha: bool = False,
 ) -> VideoClip:
     """Read a video into memory.
 
@@ -167,6 +186,7 @@ def read_video(
         max_frames: how many to read at most; None for all.
         fps: resample to this constant rate: each frame stays at its own time, repeated or left out;
             the other numbers count the resampled frames. None keeps every frame and its time.
+        keep_alpha: keep the opacity of transparent files beside the frames.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -181,7 +201,8 @@ def read_video(
         num_frames = len(pick_at_rate(facts.timing, facts.num_frames, rate))
     wanted = max(num_frames - start_frame, 0)
     wanted = wanted if max_frames is None else min(wanted, max_frames)
-    source = _of_one_size(_decoded(path), path)
+    convert = FrameConverter(path, keep_alpha=keep_alpha)
+    source = _of_one_size(_decoded(path, convert), path)
     if rate is not None:
         gap_s, length_s = usual_gap_s(facts.timing), _length_s(facts)
         source = at_rate(source, rate, gap_s=gap_s, duration_s=length_s)
@@ -196,7 +217,16 @@ def read_video(
     else:
         start_s = starts_s[start_frame] - starts_s[0]
     audio_from = path if facts.has_audio else None
-    return VideoClip(frames, timing.fps, audio_from, start_s, timing.times_s)
+    return VideoClip(
+        frames[..., :3],
+        timing.fps,
+        audio_from,
+        start_s,
+        timing.times_s,
+        pixel_aspect=_upright_aspect(facts, convert),
+        alpha=frames[..., 3] if frames.shape[-1] == 4 else None,
+        tags=tags_at(facts.tags, start_frame, facts.timing.fps, timing.fps),
+    )
 
 
 def _check_range(start_frame: int, max_frames: int | None) -> None:
@@ -217,6 +247,10 @@ def _facts(path: Path) -> VideoFacts:
         return container_facts(path)
     count, timing = image_timing(path)
     return VideoFacts(count, count, timing, (timing.fps,))
+
+
+def _upright_aspect(facts: VideoFacts, convert: FrameConverter) -> Fraction:
+    return 1 / facts.pixel_aspect if convert.turned else facts.pixel_aspect
 
 
 def _length_s(facts: VideoFacts) -> float:
@@ -284,18 +318,12 @@ def _warn_if_cut(path: Path, facts: VideoFacts, wanted: int, found: int, *, whol
         )
 
 
-def _decoded(path: Path) -> Iterator[TimedFrame]:
+def _decoded(path: Path, convert: FrameConverter | None = None) -> Iterator[TimedFrame]:
     """Decode upright frames, uint8 [H, W, 3], one by one."""
+    convert = convert or FrameConverter(path)
     if is_images(path):
-        return image_frames(path)
-    return decode_frames(path, lambda frame: _upright(frame, path))
-
-
-def _upright(frame: av.VideoFrame, path: Path) -> np.ndarray:
-    if frame.rotation % 90:
-        raise LayoutError(f"{path} is turned by {frame.rotation} degrees; only quarters are known")
-    # rot90 turns counterclockwise, as PyAV counts.
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+        return image_frames(path, keep_alpha=convert.keep_alpha)
+    return decode_frames(path, convert)
 
 
 def _of_one_size(frames: Iterator[TimedFrame], path: Path) -> Iterator[TimedFrame]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz import names, servers
+from tests.fuzz import names
 from tests.fuzz.attack import Kind
 
-KINDS: tuple[Kind, ...] = (
-    names.KIND,
-    servers.SERVERS,
-    servers.QUEUE,
-)
+KINDS: tuple[Kind, ...] = (names.KIND,)

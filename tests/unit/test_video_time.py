@@ -247,6 +247,21 @@ def test_training_clips_follow_the_time(tmp_path):
     assert np.flatnonzero(bright).tolist() == [4, 11, 12]
 
 
+def test_a_container_without_times_keeps_its_rate(tmp_path):
+    path = tmp_path / "video.avi"  # with frames that are decoded in another order
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
+        for frame in noise:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        output.mux(stream.encode(None))
+    clip = read_video(path)
+    assert (clip.fps, clip.times_s, len(clip.frames)) == (25, None, 12)
+    np.testing.assert_array_equal(read_video(path, fps=50).frames, clip.frames.repeat(2, 0))
+    assert timing_of([0, 0.2, 0.1], 0.1, [Fraction(25)], 1e-3) == Timing(Fraction(25))
+
+
 def test_rates_of_varying_times():
     times_s = np.array([*np.array(VARYING_MS) / 1000, 1.5])
     assert steady_fps(times_s) == 30
