@@ -17,6 +17,7 @@ from . import (
     tiny,
     training,
     training_monitor,
+    videocrafter,
 )
 from .paths import register_folders
 
@@ -40,5 +41,6 @@ class StyleMasterExtension(ComfyExtension):
             training,
             training_monitor,
             tiny,
+            videocrafter,
         )
         return [node for module in modules for node in module.NODES]

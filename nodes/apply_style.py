@@ -42,14 +42,15 @@ class ApplyStyle(io.ComfyNode):
             node_id="StyleMasterApplyStyle",
             display_name="Apply Style",
             description="Lets a style act on a Wan 2.1 text-to-video model, or with StyleCrafter's "
-            "adapter on SDXL. For several styles, chain two with masks or ranges: model, positive "
-            "and negative of the first go into the second, and only the styled output of the last "
-            "is used.",
+            "adapter on SDXL or VideoCrafter. For several styles, chain two with masks or ranges: "
+            "model, positive and negative of the first go into the second, and only the styled "
+            "output of the last is used.",
             search_aliases=["style transfer", "ip adapter", "regional style", "style mask"],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Wan 2.1 text-to-video model (1.3B); SDXL for StyleCrafter.",
+                    tooltip="A Wan 2.1 text-to-video model (1.3B); SDXL or VideoCrafter for "
+                    "StyleCrafter.",
                 ),
                 StyleAdapterSocket.Input("adapter", tooltip="From Load StyleMaster Adapter."),
                 StyleSocket.Input("style", tooltip="From Texture Selector or Load Style."),
@@ -74,7 +75,8 @@ class ApplyStyle(io.ComfyNode):
                     default="all",
                     tooltip="Blocks of the model in which the style acts: all, a third of them, or "
                     "those of block_weights (list). On SDXL the 70 cross-attentions are counted: "
-                    "0-23 on the way down, 24-59 up, 60-69 in the middle.",
+                    "0-23 on the way down, 24-59 up, 60-69 in the middle; on VideoCrafter "
+                    "0-5, 6-14 and 15.",
                 ),
                 io.String.Input(
                     "block_weights",
@@ -87,7 +89,8 @@ class ApplyStyle(io.ComfyNode):
                     default=0,
                     min=0,
                     max=100000,
-                    tooltip="First frame of the video on which the style acts. Not for SDXL.",
+                    tooltip="First frame of the video on which the style acts. Not for SDXL and "
+                    "VideoCrafter.",
                 ),
                 io.Int.Input(
                     "last_frame",
@@ -95,7 +98,7 @@ class ApplyStyle(io.ComfyNode):
                     min=-1,
                     max=100000,
                     tooltip="Last frame on which it acts; -1 for the end. Four frames share a "
-                    "latent frame, so the change is that gradual. Not for SDXL.",
+                    "latent frame, so the change is that gradual. Not for SDXL and VideoCrafter.",
                 ),
                 io.Mask.Input(
                     "mask",

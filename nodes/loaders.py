@@ -15,7 +15,10 @@ from ..stylemaster_core.models.decoupled_attention import create_style_attention
 from ..stylemaster_core.models.motion_adapter import MotionAdapter, load_motion_adapter
 from ..stylemaster_core.models.style_projector import load_style_projector
 from ..stylemaster_core.models.stylecrafter import load_stylecrafter_encoder, stylecrafter_heads
-from ..stylemaster_core.models.stylecrafter_sdxl import load_stylecrafter_sdxl
+from ..stylemaster_core.models.stylecrafter_sdxl import (
+    load_stylecrafter_sdxl,
+    load_stylecrafter_video,
+)
 from ..stylemaster_core.weights.files import read_state_dict
 from ..stylemaster_core.weights.state_dict import (
     Kind,
@@ -82,7 +85,12 @@ def load_adapter(path: Path) -> StyleAdapter | StyleCrafterAdapter:
     Raises:
         WeightsError: if the file is of another kind, damaged or incomplete.
     """
-    kinds: tuple[Kind, ...] = ("style_adapter", "stylecrafter_sdxl", "stylecrafter_wan")
+    kinds: tuple[Kind, ...] = (
+        "style_adapter",
+        "stylecrafter_sdxl",
+        "stylecrafter_video",
+        "stylecrafter_wan",
+    )
     kind, tensors, metadata = _read_kinds(path, kinds, "style adapter")
     if kind == "style_adapter":
         return _stylemaster(path, tensors, metadata)
@@ -91,7 +99,8 @@ def load_adapter(path: Path) -> StyleAdapter | StyleCrafterAdapter:
         attention = create_style_attention(tensors)
         assert attention is not None  # the kind is told by its keys
         return StyleCrafterAdapter(path.name, encoder, attention)
-    layers = load_stylecrafter_sdxl(tensors, metadata)
+    load = load_stylecrafter_video if kind == "stylecrafter_video" else load_stylecrafter_sdxl
+    layers = load(tensors, metadata)
     return StyleCrafterAdapter(path.name, layers.encoder, layers)
 
 
@@ -132,8 +141,8 @@ class LoadAdapter(io.ComfyNode):
             node_id="StyleMasterAdapterLoader",
             display_name="Load StyleMaster Adapter",
             description="Loads a style adapter: StyleMaster's for Wan 2.1, or StyleCrafter's for "
-            "SDXL (its released weights are for research and non-commercial use) or Wan 2.1. The "
-            "file tells which it is.",
+            "SDXL or VideoCrafter (the released weights are for research and non-commercial use) "
+            "or Wan 2.1. The file tells which it is.",
             search_aliases=[
                 "style adapter",
                 "ip adapter",

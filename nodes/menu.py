@@ -8,7 +8,7 @@ from typing import Any
 ROOT = "stylemaster"
 TRAINING = "training"
 GROUPS = {
-    "loaders": ("AdapterLoader", "TinyLoader", "MotionAdapter"),
+    "loaders": ("AdapterLoader", "TinyLoader", "MotionAdapter", "VideoCrafterLoader"),
     "style": (
         "StyleEncoder",
         "TextureSelector",
@@ -40,6 +40,7 @@ ADVANCED = {
     "TextureSelector": ("keep", "selection_seed"),
     "ApplyStyle": ("blocks", "block_weights", "first_frame", "last_frame"),
     "MotionAdapter": ("start", "end"),
+    "VideoCrafterLoader": ("fps",),
     "CompareStyles": ("columns", "side"),
     "FolderVideo": ("first_frame",),
     "TrainStyle": _TRAINER,

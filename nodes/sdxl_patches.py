@@ -1,4 +1,4 @@
-"""Hooks on ComfyUI's native SDXL: StyleCrafter's style branch in every cross-attention.
+"""Hooks on ComfyUI's SDXL and on VideoCrafter: StyleCrafter's branch in every cross-attention.
 
 As on Wan (`wan_patches`), a conditioning carries its styles and the MODEL gets one APPLY_MODEL
 wrapper. It puts a replacement of each cross-attention (`attn2`) into `transformer_options` for one
@@ -8,10 +8,11 @@ call, around whatever other packs have put there, before or after.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.ldm.modules.attention
 import comfy.model_base
+from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..stylemaster_core.errors import UnsupportedHostError, WeightsError
 from ..stylemaster_core.models.decoupled_attention import style_residual
 from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
+from .native_videocrafter import VideoCrafter
 from .sdxl_styles import LAYER_KEY, StyledRows, styled_rows
 from .sockets import StyleCrafterAdapter
 from .wan_patches import Hook, ModelCall, compute_dtype, raw, with_hooks
@@ -27,6 +29,31 @@ from .wan_patches import Hook, ModelCall, compute_dtype, raw, with_hooks
 Place = tuple[str, int, int]  # part of the UNet, block in it, transformer block in that
 
 PARTS = ("input", "output", "middle")  # StyleCrafter counts layers in this order, not as they run
+
+
+class Host(NamedTuple):
+    """A kind of model that a StyleCrafter adapter is for."""
+
+    name: str
+    model: type
+    advice: str  # how to get it
+    released: str  # what the released adapter needs
+
+
+SDXL = Host(
+    "SDXL",
+    comfy.model_base.SDXL,
+    "load an SDXL checkpoint (sd_xl_base_1.0 or one made from it)",
+    "The released adapter needs a whole SDXL (70 cross-attentions, text of width 2048), not a "
+    "distilled, smaller one",
+)
+VIDEOCRAFTER = Host(
+    "VideoCrafter",
+    VideoCrafter,
+    "load it with Load VideoCrafter",
+    "The released adapter needs VideoCrafter's text-to-video UNet at 320 x 512 (16 "
+    "cross-attentions, text of width 1024)",
+)
 COMPILED = "torch.compile"  # key of ComfyUI's wrapper
 
 
@@ -36,7 +63,9 @@ def cross_attentions(unet: Any) -> Iterator[tuple[Place, Any]]:
     for part in PARTS:
         for number, block in enumerate(blocks[part] or [unet.middle_block]):
             for module in block:
-                for index, layer in enumerate(getattr(module, "transformer_blocks", ())):
+                if not isinstance(module, SpatialTransformer):
+                    continue
+                for index, layer in enumerate(module.transformer_blocks):
                     yield (part, number, index), layer.attn2
 
 
@@ -46,28 +75,27 @@ def patch_layers(model: ModelPatcher, adapter: StyleCrafterAdapter) -> ModelPatc
     A conditioning that carries none runs as on the unpatched model.
 
     Raises:
-        UnsupportedHostError: if it is no SDXL.
+        UnsupportedHostError: if it is not the kind of model that the adapter is for.
         WeightsError: if its cross-attentions are not those of the adapter.
     """
+    assert isinstance(adapter.layers, StyleCrafterSdxl)
+    host = VIDEOCRAFTER if adapter.layers.video_layers else SDXL
     base = model.model
     unet = raw(base.diffusion_model)
-    if not isinstance(base, comfy.model_base.SDXL) or not isinstance(unet, UNetModel):
+    if not isinstance(base, host.model) or not isinstance(unet, UNetModel):
         found = f"{type(base.model_config).__name__} ({type(unet).__name__})"
         raise UnsupportedHostError(
-            f"this MODEL is {found}, the adapter is StyleCrafter's for SDXL; load an SDXL "
-            "checkpoint (sd_xl_base_1.0 or one made from it)"
+            f"this MODEL is {found}, the adapter is StyleCrafter's for {host.name}; {host.advice}"
         )
     layers = [layer for _, layer in cross_attentions(unet)]
     found = [layer.to_q.out_features for layer in layers]
     text = layers[0].to_k.in_features if layers else 0
-    assert isinstance(adapter.layers, StyleCrafterSdxl)
     wanted, wanted_text = adapter.layers.layer_widths, adapter.text_width
     if found != wanted or text != wanted_text:
         raise WeightsError(
             f"this StyleCrafter adapter is for {len(wanted)} cross-attentions of widths "
             f"{sorted(set(wanted))} and text of width {wanted_text}; this MODEL has {len(found)} "
-            f"of widths {sorted(set(found))} and text of width {text}. The released adapter needs "
-            "a whole SDXL (70 cross-attentions, text of width 2048), not a distilled, smaller one"
+            f"of widths {sorted(set(found))} and text of width {text}. {host.released}"
         )
     return with_hooks(model, LAYER_KEY, _replace_attention)
 

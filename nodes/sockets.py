@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,20 @@ class StyleCrafterAdapter:
 
     name: str
     encoder: StyleCrafterEncoder
-    layers: StyleCrafterSdxl | StyleAttention  # for SDXL, or for Wan
+    layers: StyleCrafterSdxl | StyleAttention  # for a UNet (SDXL, VideoCrafter), or for Wan
+
+    @property
+    def method(self) -> str:
+        """What a style that is made with it says of its origin."""
+        return getattr(self.layers, "method", "stylecrafter-wan")
+
+    def seen(self, features: StyleFeatures) -> Tensor:
+        """What it takes of style pictures: [B, N, C]."""
+        return {
+            "stylecrafter-wan": lambda: features.patches,
+            "stylecrafter-sdxl": lambda: features.penultimate,
+            "stylecrafter-video": features.for_video,
+        }[self.method]()
 
     @property
     def num_layers(self) -> int:
@@ -66,6 +80,7 @@ class StyleFeatures:
     shuffled: list[np.ndarray]  # uint8 [H, W, 3]
     crop: CropMode
     shuffle_seed: int
+    for_video: Callable[[], Tensor]  # [B, N, C] as StyleCrafter's video adapter takes them
 
 
 def range_inputs(begins: str, ends: str, *, end: float = 1.0) -> list[io.Float.Input]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
+import comfy.model_management
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..stylemaster_core.data.content_shuffle import content_shuffle
-from ..stylemaster_core.data.images import CropMode, clip_pixels
-from ..stylemaster_core.errors import LayoutError
+from ..stylemaster_core.data.images import CropMode, clip_pixels, stylecrafter_video_pixels
+from ..stylemaster_core.errors import ConfigError, LayoutError
 from ..stylemaster_core.models.style_tokens import BlendMode, Style, blend_styles
-from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
 from ..stylemaster_core.models.texture_selector import (
     Selection,
     SelectionMode,
@@ -52,8 +55,37 @@ def encode_pictures(
     embeds, shuffled_embeds = seen["image_embeds"].float().cpu().chunk(2)
     joint = _joint_patches(clip_vision.model, patches)
     return StyleFeatures(
-        patches, penultimate, embeds, shuffled_embeds, joint, pictures, shuffled, crop, shuffle_seed
+        patches,
+        penultimate,
+        embeds,
+        shuffled_embeds,
+        joint,
+        pictures,
+        shuffled,
+        crop,
+        shuffle_seed,
+        functools.partial(video_features, clip_vision, pictures, crop),
     )
+
+
+@torch.no_grad()
+def video_features(clip_vision: Any, pictures: Sequence[np.ndarray], crop: CropMode) -> Tensor:
+    """What StyleCrafter's video adapter takes: CLIP's last layer, of pictures prepared its way.
+
+    Raises:
+        ConfigError: for another crop than the only one that it has.
+    """
+    if crop != "center":
+        raise ConfigError(
+            "StyleCrafter's adapter for VideoCrafter prepares pictures in a way of its own, which "
+            f"has only the crop center; got {crop}"
+        )
+    comfy.model_management.load_model_gpu(clip_vision.patcher)
+    # Not by `encode_image`, which rounds to 8 bits and cuts what the resize overshoots.
+    pixels = torch.stack([stylecrafter_video_pixels(picture) for picture in pictures])
+    tokens = clip_vision.model(pixel_values=pixels.to(clip_vision.load_device))[0].float()
+    first = clip_vision.model.vision_model.post_layernorm(tokens[:, :1])
+    return torch.cat([first, tokens[:, 1:]], dim=1).cpu()
 
 
 def _joint_patches(model: Any, patches: Tensor) -> Tensor | None:
@@ -96,12 +128,11 @@ def encode_stylecrafter(
         LayoutError: for features of another vision model.
     """
     encoder = copy.deepcopy(adapter.encoder).float()
-    for_sdxl = isinstance(adapter.layers, StyleCrafterSdxl)
-    seen = (features.penultimate if for_sdxl else features.patches).split(1)
+    seen = adapter.seen(features).split(1)
     groups = [list(seen)] if several == "concatenate" else [[view] for view in seen]
     hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in features.pictures]
     provenance: dict[str, object] = {
-        "method": "stylecrafter-sdxl" if for_sdxl else "stylecrafter-wan",
+        "method": adapter.method,
         "images_sha256": hashes,
         "crop": features.crop,
         "adapter": adapter.name,

@@ -6,14 +6,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-from stylemaster_core.queue.client import ComfyClient
-from stylemaster_core.queue.jobs import Row, make_jobs
-from stylemaster_core.queue.journal import Journal
-from stylemaster_core.queue.runner import RunConfig, run_jobs
 
 WORKFLOW = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "own.png"}},
@@ -43,6 +36,7 @@ class FakeComfy:
         self.fail = {}  # text of a prompt -> messages of its status
         self.no_files = False
         self.max_upload_bytes = 1000
+        self.at_work = 0  # requests
         self.port = 0
         self.restart()
 
@@ -61,10 +55,19 @@ class FakeComfy:
                 pass
 
             def do_GET(self):
-                fake.handle(self, "GET")
+                self.do("GET")
 
             def do_POST(self):
-                fake.handle(self, "POST")
+                self.do("POST")
+
+            def do(self, method):
+                with fake.mutex:
+                    fake.at_work += 1
+                try:
+                    fake.handle(self, method)
+                finally:
+                    with fake.mutex:
+                        fake.at_work -= 1
 
         self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.port = self.http.server_address[1]
@@ -180,30 +183,3 @@ class FakeComfy:
             self.inputs[f"{folder}/{name}"] = content
         self.uploads[name] += 1
         return 200, {"name": name, "subfolder": folder, "type": "input"}
-
-
-def run_batch(folder, fakes, texts, *, timeout_s=0.4, deadline_s=60.0, **config):
-    """Run jobs with these prompts; return their results and the contents of the result files.
-
-    Raises:
-        Exception: what the run raises.
-        AssertionError: if it is not over in time.
-    """
-    config = RunConfig(timeout_s=timeout_s, **({"poll_s": 0.02, "give_up_s": 30.0} | config))
-    style = folder / "style.png"
-    style.write_bytes(b"style")
-    jobs = make_jobs(WORKFLOW, [Row(prompt=text, style=style) for text in texts])
-    clients = [ComfyClient(fake.url, timeout_s, max_result_bytes=1 << 22) for fake in fakes]
-    out = folder / "out"
-
-    def run():
-        with closing(Journal(out)) as journal:
-            return list(run_jobs(jobs, clients, journal, out, config))
-
-    pool = ThreadPoolExecutor(1)
-    try:
-        results = pool.submit(run).result(deadline_s)
-    finally:
-        pool.shutdown(wait=False)
-    files = {path.name: path.read_bytes() for path in out.glob("style__*")}
-    return results, files

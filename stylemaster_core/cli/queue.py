@@ -123,11 +123,22 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         StyleMasterError: if an option, the workflow or an input cannot work, or no server answers.
     """
-    from ..queue.client import ComfyClient
     from ..queue.journal import Journal, is_done, read_journal
-    from ..queue.runner import RunConfig
+    from ..queue.workflow import server_address
 
     _check(args)
+    urls = [server_address(url) for url in args.servers]
+    if len(set(urls)) < len(urls):
+        raise ConfigError("--server names the same server twice; see --per-server instead.")
+    jobs = _jobs(args)
+    if args.dry_run:
+        records = {} if args.redo else read_journal(args.out)
+        _list_jobs(jobs, {key for key in records if is_done(records[key], args.out)}, args.json)
+        return 0
+
+    from ..queue.client import ComfyClient
+    from ..queue.runner import RunConfig
+
     config = RunConfig(
         per_server=args.per_server,
         timeout_s=args.timeout,
@@ -135,14 +146,7 @@ def run(args: argparse.Namespace) -> int:
         max_attempts=args.attempts,
     )
     max_bytes = int(args.max_result * (1 << 30))
-    clients = [ComfyClient(url, config.timeout_s, max_bytes) for url in args.servers]
-    if len({client.url for client in clients}) < len(clients):
-        raise ConfigError("--server names the same server twice; see --per-server instead.")
-    jobs = _jobs(args)
-    if args.dry_run:
-        records = {} if args.redo else read_journal(args.out)
-        _list_jobs(jobs, {key for key in records if is_done(records[key], args.out)}, args.json)
-        return 0
+    clients = [ComfyClient(url, config.timeout_s, max_bytes) for url in urls]
     with closing(Journal(args.out)) as journal:
         return _run(jobs, clients, journal, config, args)
 

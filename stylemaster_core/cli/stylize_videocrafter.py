@@ -28,7 +28,7 @@ DEFAULT_FILES = {
     "unet": "diffusion_models/videocrafter_t2v_512_unet.safetensors",
     "vae": "vae/videocrafter_t2v_512_vae.safetensors",
     "text_encoder": "text_encoders/videocrafter_t2v_512_text_encoder.safetensors",
-    "adapter": "stylecrafter/adapter_v1.safetensors",
+    "adapter": "stylecrafter/stylecrafter_adapter_v1.safetensors",
     "image_encoder": "clip_vision/clip_vision_h.safetensors",
 }
 HELP = {
@@ -82,7 +82,7 @@ def add_parser(subparsers: Any) -> None:
         "--temporal",
         type=Path,
         metavar="PATH",
-        help="StyleCrafter's temporal layers (temporal_v1), in place of the UNet's",
+        help="StyleCrafter's temporal layers (temporal_v1_1), in place of the UNet's",
     )
     group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")

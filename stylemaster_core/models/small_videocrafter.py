@@ -41,7 +41,7 @@ class SmallVideoCrafter(NamedTuple):
 
     checkpoint: Path  # as model.ckpt: UNet, VAE and text encoder
     adapter: Path  # as adapter_v1.pth
-    temporal: Path  # as temporal_v1.pth
+    temporal: Path  # as temporal_v1_1.pth
     image_encoder: Path  # a folder
 
 

@@ -155,7 +155,7 @@ class VideoCrafterUNet(UNet2DConditionModel):
         return self.config["layers_per_block"]
 
     def temporal_state_dict(self) -> dict[str, Tensor]:
-        """The temporal layers under the names of temporal_v1.pth."""
+        """The temporal layers under the names of temporal_v1_1.pth."""
         names = self.release_keys
         return {names[k]: v for k, v in self.state_dict().items() if is_temporal(k)}
 
@@ -199,7 +199,7 @@ def load_videocrafter_unet(
     Args:
         state_dict: tensors under the names of the release, without prefix; all sizes are read off
             them. Tensors are not copied.
-        temporal: of StyleCrafter's temporal_v1.pth or another that was trained so; takes the place
+        temporal: of StyleCrafter, temporal_v1_1.pth, or others trained so; they take the place
             of the temporal layers of `state_dict`.
 
     Returns:

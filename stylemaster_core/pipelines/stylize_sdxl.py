@@ -88,8 +88,8 @@ def load_adapter(path: Path) -> StyleCrafterSdxl:
     if kind not in ("stylecrafter_sdxl", "stylecrafter_video"):
         raise WeightsError(
             f"{path} is {describe_kind(kind)}; expected StyleCrafter's adapter for SDXL "
-            "(stylecrafter_sdxl.safetensors) or for VideoCrafter (adapter_v1.safetensors), which "
-            "`stylemaster weights convert` makes"
+            "(stylecrafter_sdxl.safetensors) or for VideoCrafter "
+            "(stylecrafter_adapter_v1.safetensors), which `stylemaster weights convert` makes"
         )
     # Projections stay mapped from the file, and are widened one by one when they are used.
     weights = {k: v.float() if is_encoder_key(k) else v for k, v in tensors.items()}

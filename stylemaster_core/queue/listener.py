@@ -70,6 +70,7 @@ class Listener:
             f"{self._client.url}/ws",
             params={"clientId": self._client.client_id},
             heartbeat=_HEARTBEAT_S,
+            autoping=False,  # answered here, or a flood of pings would never let go
             max_msg_size=MAX_ANSWER_BYTES,
         )
         async with await asyncio.wait_for(connect, _HEARTBEAT_S) as socket:
@@ -79,6 +80,8 @@ class Listener:
                 # Previews come as binary messages and are skipped.
                 if message.type == aiohttp.WSMsgType.TEXT:
                     self._take(message.data)
+                elif message.type == aiohttp.WSMsgType.PING:
+                    await socket.pong(message.data)
                 count += 1
                 if count >= _MAX_MESSAGES_PER_S:
                     # A flood is read no faster than this, and the server has to wait.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import answers
-from .answers import AnswerError
+from .answers import AnswerError, plain
 from .board import Board, Fetched
 from .client import (
     ComfyClient,
@@ -227,6 +227,8 @@ class Server:
         held = self._hold(job, prompt_id, prompt)
         try:
             got = await self._client.submit(prompt, prompt_id)
+            if got != prompt_id and got in self._held:
+                raise ServerSick(f"{self.url} gives two jobs the id {plain(got, 80)}")
         except RequestRejected as error:
             await self._drop(held)
             self._board.fail(job, self, str(error))
@@ -248,7 +250,8 @@ class Server:
     def _hold(self, job: Job, prompt_id: str, prompt: Mapping[str, Any]) -> _Held:
         self._board.journal.write("submitted", job.id, server=self.url, prompt_id=prompt_id)
         self._held[prompt_id] = held = _Held(job, prompt_id, prompt)
-        self._plan_look()
+        # A look that is due stays due: the websocket may have told nothing yet.
+        self._look_at = min(self._look_at, self._next_look())
         return held
 
     async def _drop(self, held: _Held) -> None:
@@ -289,10 +292,10 @@ class Server:
         self._look_at = 0.0
         self.wake()
 
-    def _plan_look(self) -> None:
+    def _next_look(self) -> float:
         is_told = self._listener.is_connected and self._untold < _MAX_UNTOLD
         pause_s = self._board.config.timeout_s / 4 if is_told else self._look_pause_s
-        self._look_at = time.monotonic() + pause_s
+        return time.monotonic() + pause_s
 
     async def _look(self) -> None:
         """Find out which jobs have ended, and which the server has forgotten."""
@@ -319,7 +322,7 @@ class Server:
             self._start_fetch()
         grown_s = min(1.5 * self._look_pause_s, max(self._board.config.poll_s, _FIRST_PAUSE_S))
         self._look_pause_s = max(self._look_pause_s / 4, _FIRST_PAUSE_S) if found else grown_s
-        self._plan_look()
+        self._look_at = self._next_look()
         if found:
             self.wake()
 

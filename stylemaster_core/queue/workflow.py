@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,25 @@ def load_workflow(path: Path) -> Workflow:
             '"class_type" and "inputs". In ComfyUI choose Workflow > Export (API).'
         )
     return workflow
+
+
+def server_address(url: str) -> str:
+    """Check the address of a server and bring it into its usual form.
+
+    Args:
+        url: `http://host:port`, maybe with a path before ComfyUI's own.
+
+    Raises:
+        ConfigError: if it is no such address.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that do not close
+        is_good = False
+    if not is_good or "@" in parts.netloc:
+        raise ConfigError(f"--server {url!r}: expected http://HOST:PORT, without a user name.")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
 def parse_value(text: str) -> Any:

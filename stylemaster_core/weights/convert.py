@@ -137,7 +137,7 @@ def convert(
         raise WeightsError(
             f"{source} is {describe_kind(kind)}. Only the releases of StyleMaster "
             "(stylemaster.ckpt, controlnet.ckpt), of StyleCrafter (stylecrafter_sdxl.ckpt, "
-            "adapter_v1.pth, temporal_v1.pth) and of VideoCrafter (model.ckpt), or a style "
+            "adapter_v1.pth, temporal_v1_1.pth) and of VideoCrafter (model.ckpt), or a style "
             "adapter, can be converted."
         )
     targets = [out_dir / f"{stem}.safetensors" for stem, _, _ in jobs]

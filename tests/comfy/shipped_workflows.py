@@ -18,13 +18,13 @@ STEPS = 2
 # They bring their own models; see test_tiny.py.
 TINY = ("tiny_video_to_video", "stylecrafter_tiny_video", "two_methods_side_by_side")
 SDXL = "sdxl_image_in_a_style"
+VIDEOCRAFTER = "stylecrafter_videocrafter"
 SDXL_SIDE = 64
 
 # By class of the node: the inputs that decide about size and time.
 _SMALL: dict[str, dict[str, Any]] = {
     "StyleMasterSampler": {"steps": STEPS},
     "BasicScheduler": {"steps": STEPS},
-    "EmptyLatentImage": {"width": SDXL_SIDE, "height": SDXL_SIDE},
     "ImageScale": {"width": WIDTH, "height": HEIGHT},
     "ImageScaleToTotalPixels": {"megapixels": 0.01},
     "ImageFromBatch": {"length": FRAMES},
@@ -64,6 +64,9 @@ def small(name: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> 
     for node in workflow.values():
         inputs = node["inputs"]
         inputs |= _SMALL.get(node["class_type"], {})
+        if node["class_type"] == "EmptyLatentImage":
+            inputs |= {"width": SDXL_SIDE, "height": SDXL_SIDE}
+            inputs["batch_size"] = min(inputs["batch_size"], FRAMES)
         if node["class_type"] == "StyleMasterLatent":
             inputs |= {"width": WIDTH, "height": HEIGHT}
             inputs["num_frames"] = min(inputs["num_frames"], FRAMES)
@@ -91,6 +94,14 @@ def write_models(models_dir: Path) -> None:
     save(_motion_weights(), models_dir / "loras" / "stylemaster_motion.safetensors")
     weights, heads = small_models.sdxl_adapter()
     save(weights, models_dir / "stylecrafter" / "stylecrafter_sdxl.safetensors", heads)
+    small_models.write_videocrafter(
+        models_dir,
+        {
+            "unet": "diffusion_models/videocrafter_t2v_512_unet.safetensors",
+            "adapter": "stylecrafter/stylecrafter_adapter_v1.safetensors",
+            "temporal": "stylecrafter/stylecrafter_temporal_v1_1.safetensors",
+        },
+    )
     kept = ours / "styles" / "blend_00001_.safetensors"
     if not kept.exists():
         tokens = small_models.LOCAL_TOKENS + small_models.GLOBAL_TOKENS

@@ -7,6 +7,8 @@ text is 4096 wide. The stubs in `stub_nodes` stand in for the encoders, whose si
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ TEXT_WIDTH = 4096
 CLIP_WIDTH = 80  # the defaults of StubCLIPVisionLoader
 CLIP_PROJECTION = 48
 SDXL_CLIP_WIDTH = 40  # of the recorded adapter for SDXL
+SD_TEXT_WIDTH = 64  # of the small VideoCrafter
 LOCAL_TOKENS = 2
 GLOBAL_TOKENS = 4
 VAE_WIDTH = 8
@@ -91,6 +94,28 @@ def sdxl_adapter() -> tuple[dict[str, Tensor], dict[str, str]]:
     return weights, {"style_num_heads": "5", "scale_num_heads": "2"}
 
 
+def write_videocrafter(models_dir: Path, names: Mapping[str, str]) -> None:
+    """Small VideoCrafter files, converted from checkpoints in the format of the releases.
+
+    Args:
+        models_dir: of ComfyUI.
+        names: where to write the UNet, the adapter and the temporal layers.
+    """
+    from stylemaster_core.models.small_videocrafter import write_small_videocrafter
+    from stylemaster_core.weights.convert import convert
+
+    with tempfile.TemporaryDirectory() as folder:
+        small = write_small_videocrafter(folder)
+        made = {
+            "unet": convert(small.checkpoint, folder)[0],
+            "adapter": convert(small.adapter, folder)[0],
+            "temporal": convert(small.temporal, folder)[0],
+        }
+        for part, name in names.items():
+            (models_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(made[part], models_dir / name)
+
+
 def vae_weights(seed: int = 3) -> dict[str, Tensor]:
     """A Wan VAE of base width 8 with ComfyUI's keys, 4 MB."""
     from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
@@ -112,6 +137,9 @@ def with_stub_loaders(workflow: Mapping[str, Any]) -> dict[str, Any]:
     stubs = dict(_STUB_LOADERS)
     if any(node["class_type"] == "CheckpointLoaderSimple" for node in workflow.values()):
         stubs["CLIPVisionLoader"] = ("StubCLIPVisionLoader", {"width": SDXL_CLIP_WIDTH})
+    if any(node["class_type"] == "StyleMasterVideoCrafterLoader" for node in workflow.values()):
+        stubs["CLIPLoader"] = ("StubTextEncoderLoader", {"tokens": 77, "width": SD_TEXT_WIDTH})
+        stubs["VAELoader"] = ("StubEnlargingVAELoader", {})
     for node in workflow.values():
         stub = stubs.get(node["class_type"])
         if stub is not None:

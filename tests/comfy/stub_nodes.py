@@ -57,10 +57,14 @@ class StubTextEncoderLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {}}
+        optional = {
+            "tokens": ("INT", {"default": TEXT_TOKENS}),
+            "width": ("INT", {"default": TEXT_WIDTH}),
+        }
+        return {"required": {}, "optional": optional}
 
-    def load(self) -> tuple:
-        return (HashedWordsCLIP(),)
+    def load(self, tokens: int = TEXT_TOKENS, width: int = TEXT_WIDTH) -> tuple:
+        return (HashedWordsCLIP(tokens, width),)
 
 
 class StubCLIPVisionLoader:
@@ -161,6 +165,21 @@ class EnlargingVAE:
         return pixels.movedim(1, -1).div(100).sigmoid()  # latents of random weights are large
 
 
+class StubEnlargingVAELoader:
+    """In the place of VAELoader: SD's VAE has one size there, of 335 MB."""
+
+    CATEGORY = "stub"
+    FUNCTION = "load"
+    RETURN_TYPES = ("VAE",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def load(self) -> tuple:
+        return (EnlargingVAE(),)
+
+
 class StubCompare:
     """How far two images or latents are from each other, as an output that tests can read."""
 
@@ -194,6 +213,7 @@ NODE_CLASS_MAPPINGS = {
         StubTextEncoderLoader,
         StubCLIPVisionLoader,
         StubVAELoader,
+        StubEnlargingVAELoader,
         StubCompare,
     )
 }

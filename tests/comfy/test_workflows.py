@@ -20,6 +20,7 @@ from tests.comfy.shipped_workflows import (
     SDXL,
     SDXL_SIDE,
     STEPS,
+    VIDEOCRAFTER,
     WIDTH,
     node_titled,
     sampling_names,
@@ -42,6 +43,7 @@ OWN_INPUTS = {
     "motion_scale_sweep": ("Motion scale 0", {"motion_scale": 0.5}),
     "long_video": ("Windows of 81 frames", {"context_overlap": 8}),
     SDXL: ("Guidance", {"text_cfg": 5.0}),
+    VIDEOCRAFTER: ("VideoCrafter", {"temporal_name": "(those of the UNet)"}),
 }
 
 
@@ -72,7 +74,7 @@ def saved(comfy, outputs: dict[str, Any]) -> np.ndarray:
 def frames_of(comfy, name: str, **changes: dict[str, Any]) -> np.ndarray:
     """All final frames before they are encoded, after changes to nodes whose titles are given."""
     workflow = small(name, changes)
-    last = "VAEDecode" if name == SDXL else "StyleMasterCrop"
+    last = "VAEDecode" if name in (SDXL, VIDEOCRAFTER) else "StyleMasterCrop"
     ends = [key for key, node in workflow.items() if node["class_type"] == last]
     workflow |= {f"seen {end}": preview(end) for end in ends}
     outputs = run(comfy, workflow).outputs
@@ -99,7 +101,7 @@ def test_it_finishes(comfy, name):
         assert len(frames) == LENGTHS.get(name, FRAMES)
         if name == "image_restyle":  # of the shape of the picture, and about as large as asked
             assert 80 <= frames.shape[1] == frames.shape[2] <= 112
-        elif name == SDXL:
+        elif name in (SDXL, VIDEOCRAFTER):
             assert frames.shape[1:] == (SDXL_SIDE, SDXL_SIDE, 3)
         else:
             assert frames.shape[1:] == (HEIGHT, WIDTH, 3)

@@ -26,6 +26,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "1  Models": (
         "StyleMasterTinyLoader",
         "CheckpointLoaderSimple",
+        "StyleMasterVideoCrafterLoader",
         "UNETLoader",
         "CLIPLoader",
         "VAELoader",
@@ -258,6 +259,17 @@ def note_of(name: str, api: Mapping[str, Any]) -> str:
 
 
 _OWN_FILES = {
+    "videocrafter_t2v_512_unet.safetensors": "- `videocrafter_t2v_512_unet.safetensors` in "
+    "`models/diffusion_models`, `videocrafter_t2v_512_vae.safetensors` in `models/vae` and "
+    "`videocrafter_t2v_512_text_encoder.safetensors` in `models/text_encoders`: in the pack's "
+    "folder, run `python -m stylemaster_core weights download videocrafter-t2v-512` and then `... "
+    "weights convert FILE` with ComfyUI's Python, or get "
+    "[model.ckpt](https://huggingface.co/VideoCrafter/Text2Video-512) (research and non-commercial "
+    "use) yourself",
+    "stylecrafter_adapter_v1.safetensors": "- `stylecrafter_adapter_v1.safetensors` and "
+    "`stylecrafter_temporal_v1_1.safetensors` in `models/stylecrafter`, in the same way of "
+    "`stylecrafter-adapter` and `stylecrafter-temporal` "
+    "([adapter_v1.pth, temporal_v1_1.pth](https://huggingface.co/liuhuohuo/StyleCrafter))",
     "stylemaster_adapter.safetensors": "- `stylemaster_adapter.safetensors` in "
     "`models/stylemaster`: put the released "
     "[stylemaster.ckpt](https://huggingface.co/KlingTeam/StyleMaster) there; choosing it in *Style "

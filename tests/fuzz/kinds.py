@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tests.fuzz import names
+from tests.fuzz import names, servers
 from tests.fuzz.attack import Kind
 
-KINDS: tuple[Kind, ...] = (names.KIND,)
+KINDS: tuple[Kind, ...] = (
+    names.KIND,
+    servers.SERVERS,
+    servers.QUEUE,
+)

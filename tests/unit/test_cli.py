@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,26 @@ def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_dry_run_of_the_queue_imports_no_heavy_library(tmp_path: Path) -> None:
+    (tmp_path / "w.json").write_text(
+        '{"1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a"}}}'
+    )
+    (tmp_path / "p.txt").write_text("a red fox")
+    code = (
+        "import sys\n"
+        "from stylemaster_core.cli import main\n"
+        "main(sys.argv[1:])\n"
+        "print([m for m in ('torch', 'numpy', 'av', 'PIL', 'aiohttp') if m in sys.modules])\n"
+    )
+    words = ["queue", "w.json", "--prompts", "p.txt", "--out", "out", "--dry-run"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-2:] == ["1 jobs", "[]"]

@@ -14,6 +14,7 @@ from PIL import Image
 from stylemaster_core.pipelines.encode_style import TextureConfig
 from stylemaster_core.pipelines.stylize import StylizeConfig
 from stylemaster_core.pipelines.stylize_sdxl import SdxlConfig
+from stylemaster_core.pipelines.stylize_videocrafter import VideoCrafterConfig
 from stylemaster_core.pipelines.tiny import SETTINGS
 from stylemaster_core.queue.workflow import find_role, load_workflow, seed_targets
 from stylemaster_core.training.config import PRESETS
@@ -25,6 +26,7 @@ WORKFLOWS = shipped_workflows.FOLDER
 NAMES = shipped_workflows.names()
 SAMPLING = shipped_workflows.sampling_names()
 DOCS = PACK / "web" / "docs"
+UNETS = {shipped_workflows.SDXL, shipped_workflows.VIDEOCRAFTER}
 CONTROLLED = {"video_to_video", "image_restyle", "long_video"}
 
 
@@ -53,6 +55,7 @@ def test_there_is_one_of_each():
         "train_motion_adapter",
         "tiny_video_to_video",
         "sdxl_image_in_a_style",
+        "stylecrafter_videocrafter",
         "stylecrafter_tiny_video",
         "two_methods_side_by_side",
     } <= set(NAMES)
@@ -89,7 +92,7 @@ def test_the_queue_finds_what_it_sets(name):
         assert find_role(workflow, "video").input == "file"
 
 
-@pytest.mark.parametrize("name", sorted(set(SAMPLING) - {shipped_workflows.SDXL}))
+@pytest.mark.parametrize("name", sorted(set(SAMPLING) - UNETS))
 def test_numbers_are_the_releases(name):
     nodes = shipped_workflows.load(name).values()
     samplers = [node["inputs"] for node in nodes if node["class_type"] == "StyleMasterSampler"]
@@ -118,6 +121,22 @@ def test_numbers_of_sdxl_are_the_releases():
     assert (latent["height"], latent["width"]) == release.size
     negative = shipped_workflows.node_titled(workflow, "Negative prompt")
     assert workflow[negative]["inputs"]["text"] == release.negative_prompt
+
+
+def test_numbers_of_videocrafter_are_the_releases():
+    workflow = shipped_workflows.load(shipped_workflows.VIDEOCRAFTER)
+    nodes = {node["class_type"]: node["inputs"] for node in workflow.values()}
+    release, guider = VideoCrafterConfig(), nodes["StyleMasterGuider"]
+    # The release counts from the styled prediction.
+    text_scale, style_scale = (scale + 1 for scale in release.scales)
+    assert (guider["text_cfg"], guider["style_cfg"]) == (text_scale, style_scale) == (16.0, 8.5)
+    assert nodes["BasicScheduler"]["steps"] == release.num_steps
+    assert nodes["BasicScheduler"]["scheduler"] == "ddim_uniform"
+    assert release.eta == 1 and nodes["KSamplerSelect"]["sampler_name"] == "euler_ancestral"
+    assert nodes["RandomNoise"]["noise_seed"] == release.seed
+    latent = nodes["EmptyLatentImage"]
+    assert (latent["height"], latent["width"]) == release.size
+    assert latent["batch_size"] == release.num_frames
 
 
 @pytest.mark.parametrize("name", shipped_workflows.TINY)
@@ -187,7 +206,8 @@ def test_models_that_can_be_downloaded_say_where(name):
             assert model.get("hash") == entry.sha256
             assert model.get("hash_type") == ("SHA256" if entry.sha256 else None)
         loaders += len(models)
-    fewer = {"saved_style": 3, shipped_workflows.SDXL: 2} | dict.fromkeys(shipped_workflows.TINY, 0)
+    fewer = {"saved_style": 3, shipped_workflows.SDXL: 2, shipped_workflows.VIDEOCRAFTER: 1}
+    fewer |= dict.fromkeys(shipped_workflows.TINY, 0)
     assert loaders == fewer.get(name, 4)
 
 

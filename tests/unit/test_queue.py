@@ -542,7 +542,10 @@ def test_one_server_that_never_answers_does_not_hold_up_the_other(fakes, batch):
     assert results(batch) == expected(*"abc")
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8188", "ftp://x", "http://", "http://me:pw@host"])
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:8188", "ftp://x", "http://", "http://me:pw@host", "http://a:b", "http://[::1"],
+)
 def test_a_bad_address_is_refused(url):
     with pytest.raises(ConfigError, match="--server"):
         ComfyClient(url, 1.0)

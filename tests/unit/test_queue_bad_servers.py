@@ -2,25 +2,29 @@
 
 import asyncio
 import json
+import random
 import time
 from collections import Counter
 
 import pytest
 
+from stylemaster_core.data.jsonl import read_jsonl
 from stylemaster_core.queue import answers, board, client
 from stylemaster_core.queue.client import ComfyClient, ServerSick
 from stylemaster_core.queue.journal import read_journal
 from stylemaster_core.queue.workflow import Target
 from tests.bad_comfy import BadComfy, cases
-from tests.fake_comfy import FakeComfy, run_batch
+from tests.fake_comfy import FakeComfy
+from tests.queue_batch import SLOW_S, Batches, files_in, run_batch, until_idle
 
 # A sample that takes seconds; the fuzz run takes them all.
-SAMPLE = cases()[::15]
+SAMPLE = [*cases()[::15], "socket/pings", "job/swaps-ids"]
+MAX_BYTES = 300_000_000
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(client, "SLOW_S", 0.5)
+    monkeypatch.setattr(client, "SLOW_S", SLOW_S)
 
 
 @pytest.fixture
@@ -263,3 +267,44 @@ def test_somebody_elses_file_is_not_overwritten_by_a_race(servers, tmp_path, mon
     monkeypatch.setattr(board, "move_new", late)
     _, files = run_batch(tmp_path, [servers()], ["a"])
     assert files == {"style__a_1.png": b"theirs", "style__a_1-2.png": b"a|style"}
+
+
+@pytest.fixture(scope="module")
+def batches():
+    made = Batches()
+    yield made
+    made.close()
+
+
+ENDLESS = [
+    "queue/endless-json",
+    "history/endless-body",
+    "prompt/endless-error",
+    "view/endless-body",
+]
+ENDLESS += ["features/endless-head", "history/endless-field", "socket/flood", "socket/huge"]
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_what_does_not_end_takes_no_memory(servers, batches, tmp_path, case):
+    texts = ["a", "b", "c"]
+    report = batches.run(tmp_path, [servers(case), servers(job_s=0.05)], texts, timeout_s=5.0)
+    assert (report["error"], report["statuses"]) == (None, ["done"] * 3)
+    assert report["peak_bytes"] < MAX_BYTES
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kills_lose_and_double_nothing(servers, batches, tmp_path, seed):
+    draw = random.Random(seed)
+    fakes = [servers(job_s=draw.choice([0.0, 0.02])) for _ in range(1 + seed % 2)]
+    texts = [f"p{n}" for n in range(8)]
+    kills = [draw.uniform(0.0, 0.4) for _ in range(3)]
+    for kill_after_s in [*kills, None]:
+        report = batches.run(tmp_path, fakes, texts, timeout_s=20.0, kill_after_s=kill_after_s)
+        assert report["error"] is None
+        until_idle(fakes)
+    assert sorted(text for fake in fakes for text in fake.finished) == texts
+    assert files_in(tmp_path) == {f"style__{t}_1.png": f"{t}|style".encode() for t in texts}
+    records = read_jsonl(tmp_path / "out/queue.jsonl", lambda record: None)
+    assert Counter(r["job"] for r in records if r["event"] == "done").most_common(1)[0][1] == 1
+    assert not list((tmp_path / "out").glob(".stylemaster-*.part"))

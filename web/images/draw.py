@@ -185,6 +185,14 @@ def draw_thumbnails() -> None:
     s.text((440, 310), "picture, by StyleCrafter")
     save_jpg(s, "sdxl_image_in_a_style")
 
+    s = sheet("VideoCrafter: a video in a style")
+    s.picture((130, 140), styles["woodcut"], square, "style picture")
+    s.prompt((140, 310))
+    s.arrow((215, 140), (345, 180))
+    s.arrow((280, 300), (345, 255))
+    s.film((445, 215), (180, 120), "by StyleCrafter")
+    save_jpg(s, "stylecrafter_videocrafter")
+
     s = sheet("Two styles, one mask")
     both = np.concatenate([styles["mosaic"][:, :128], styles["neon"][:, 128:]], 1)
     mask = np.repeat(np.where(np.arange(288) < 144, 255, 0)[None, :, None], 192, 0)
