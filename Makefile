@@ -15,9 +15,11 @@ comfy: $(VENV)/.installed  ## a ComfyUI with the pack, at the template of the sm
 	$(BIN)/python -m recipes.start_comfy
 
 # PROFILE=gpu for a CUDA machine; PROFILE=smoke tries every stage in minutes and ships nothing.
+# REAL="--art FOLDER --photos FOLDER" learns from real pictures, too; see docs/training.md.
 PROFILE ?= cpu
 tiny: $(VENV)/.installed  ## train the small model from nothing; goes on where it stopped
-	$(BIN)/python -m recipes.tiny --profile $(PROFILE) $(if $(filter smoke,$(PROFILE)),--out runs/smoke,--ship)
+	$(if $(REAL),$(BIN)/pip install -q -e '.[teacher]')
+	$(BIN)/python -m recipes.tiny --profile $(PROFILE) $(REAL) $(if $(filter smoke,$(PROFILE)),--out runs/smoke,--ship)
 
 test: lint types unit comfy-tests
 	$(MAKE) fuzz FUZZ="--seconds 60"

@@ -1,5 +1,5 @@
 """`python -m recipes.tiny`."""
 
-from .recipe import main
+from .command import main
 
 raise SystemExit(main())

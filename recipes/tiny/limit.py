@@ -1,12 +1,15 @@
-"""How long a call of the recipe may take."""
+"""How long a call of the recipe may take, and what it has cost."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from stylemaster_core.data.jsonl import append_jsonl
 
 
 class TimeOver(Exception):  # noqa: N818
@@ -41,3 +44,28 @@ class TimeLimit:
             yield
         finally:
             timer.cancel()
+
+
+@contextlib.contextmanager
+def logged(path: Path, stage: str) -> Iterator[None]:
+    """Append to a log what the block cost, however it ends.
+
+    A line says the stage, when it began, its seconds, those of all cores (its own processes that
+    have ended included), and whether it came to its end.
+    """
+    began, used, when = time.monotonic(), _core_seconds(), time.strftime("%Y-%m-%d %H:%M:%S")
+    ended = False
+    try:
+        yield
+        ended = True
+    finally:
+        cost = {
+            "seconds": round(time.monotonic() - began),
+            "core_seconds": round(_core_seconds() - used),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_jsonl(path, {"stage": stage, "began": when, **cost, "ended": ended})
+
+
+def _core_seconds() -> float:
+    return sum(os.times()[:4])

@@ -1,18 +1,11 @@
-"""Train stylemaster-tiny from nothing: `python -m recipes.tiny --profile cpu`.
-
-Every stage leaves its files in a folder of its own and is skipped once they are there, so the same
-command goes on after an interruption. `--minutes` ends a call in time; call again until it says
-that all is done (exit status 0; 3 while there is more to do).
-"""
+"""The stages by which stylemaster-tiny is trained."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +19,6 @@ from tqdm import tqdm
 
 from stylemaster_core.data.images import clip_pixels
 from stylemaster_core.data.views import View
-from stylemaster_core.errors import StyleMasterError
 from stylemaster_core.models.image_encoder import ImageEncoder, load_image_encoder
 from stylemaster_core.models.patch_vae import PatchVAE, create_patch_vae
 from stylemaster_core.models.vae import WanVAE, load_vae
@@ -56,20 +48,18 @@ from stylemaster_core.training.stylecrafter import (
 from stylemaster_core.training.trainer import Trainer
 from stylemaster_core.weights.files import read_state_dict
 
-from .bundle import write_bundle
 from .contents import draw_clip
 from .encoder import EncoderConfig, create_encoder, train_encoder
 from .encoder_pool import draw_pool, load_or_draw_pool
 from .encoder_probe import probe_encoder
 from .joint import continue_joint_trainer, create_joint_trainer
-from .limit import TimeLimit, TimeOver
-from .profiles import PROFILES, Profile
+from .limit import TimeLimit, TimeOver, logged
+from .profiles import Profile
 from .real_data import RealData
 from .samples import (
     PICTURES,
     REFERENCE_PX,
     TEXT_LENGTH,
-    TEXT_WIDTH,
     TinySamples,
     encode_words,
     join_samples,
@@ -77,14 +67,14 @@ from .samples import (
     words_encoder,
 )
 from .shards import draw_shards, read_shards
+from .shipping import copy_encoder
 from .styles import draw_style
 from .vae import clip_pool, draw_clips, evaluate_vae, fit_pca, train_vae
 
 logger = logging.getLogger("stylemaster")
 
-SHIPPED = Path(__file__).parents[2] / "stylemaster_core" / "tiny"
+LOG = "training_log.jsonl"
 STILL_FRAMES = 3  # latent ones, of the clips that the motion adapter learns from
-UNFINISHED = 3  # exit status
 STYLECRAFTER = StyleCrafterConfig(num_layers=2, scale_width=128, scale_num_layers=2, rank=16)
 PAIR_VIEWS = ("patches", "jigsaw", "rotate180", "flip_horizontal", "flip_vertical")
 
@@ -171,7 +161,8 @@ class Recipe:
                 self.limit.check()
                 logger.info("stage %s begins", name)
                 began = time.monotonic()
-                outcome = stage(folder)
+                with logged(self.out / LOG, name):
+                    outcome = stage(folder)
                 seconds = round(time.monotonic() - began)
                 report = {"seconds": seconds, **(outcome._asdict() if outcome else {})}
                 done.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -217,7 +208,7 @@ class Recipe:
         if self.start is None:
             return self.encoder(folder, self.seed + 2, through_vae=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _copy_encoder(self.start / "judge", folder)
+        copy_encoder(self.start / "judge", folder)
         return None
 
     def encoder(self, folder: Path, seed: int, *, through_vae: bool = False) -> Outcome:
@@ -526,36 +517,6 @@ class Recipe:
         clip, _ = draw_clip(rng, 1, REFERENCE_PX, REFERENCE_PX, held_out=held_out)
         return draw_style(rng, held_out=held_out).apply(clip)[0]
 
-    def ship(self, folder: Path) -> None:
-        """Write the weights as float16 where the pack looks for them."""
-        from stylemaster_core.weights.files import write_state_dict
-
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {
-            "transformer": "joint/transformer",
-            "style_adapter": "style/style_adapter",
-            "controlnet": "control/controlnet",
-            "motion_adapter": "motion/motion_adapter",
-            "vae": "vae/vae",
-            "stylecrafter_adapter": "stylecrafter-scales/stylecrafter_adapter",
-            "stylecrafter_video_lora": "stylecrafter-video/stylecrafter_video_lora",
-        }
-        for name, source in files.items():
-            tensors, metadata = read_state_dict(self.out / f"{source}.safetensors")
-            half = {key: value.half().contiguous() for key, value in tensors.items()}
-            write_state_dict(folder / f"{name}.safetensors", half, metadata, overwrite=True)
-        for name, source in (("image_encoder", "encoder"), ("judge", "judge")):
-            (folder / name).mkdir(exist_ok=True)
-            _copy_encoder(self.out / source, folder / name)
-        settings = {"kind": "hashed_words", "width": TEXT_WIDTH, "max_length": TEXT_LENGTH}
-        settings["seed"] = 0
-        (folder / "text_encoder.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
-
-
-def _copy_encoder(source: Path, folder: Path) -> None:
-    for file in ("config.json", "model.safetensors"):
-        shutil.copyfile(source / file, folder / file)
-
 
 def null_text() -> Tensor:
     """Features of the empty prompt, [24, 4096]."""
@@ -580,69 +541,3 @@ def _fast_attention(precision: str, device: str) -> contextlib.AbstractContextMa
     # For short sequences in bfloat16 the fused kernel of the CPU takes a third of a step.
     slow = device == "cpu" and precision == "bfloat16"
     return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
-
-
-def main() -> int:
-    """Run the recipe; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.tiny", description=__doc__)
-    parser.add_argument("--profile", choices=PROFILES, default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the stages")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="end this call after so many minutes")
-    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    parser.add_argument(
-        "--ship",
-        type=Path,
-        nargs="?",
-        const=SHIPPED,
-        metavar="FOLDER",
-        help="write the weights as float16 to a folder; without its name, into the package",
-    )
-    parser.add_argument(
-        "--bundle",
-        type=Path,
-        metavar="DIR",
-        help="pack code and latents for a machine without a network, instead of training",
-    )
-    parser.add_argument("--art", type=Path, help="paintings to learn from: folder, or tars")
-    parser.add_argument("--photos", type=Path, help="folder of photographs, contents for them")
-    parser.add_argument(
-        "--from-shipped",
-        action="store_true",
-        help="go on from the weights in the package; of the VAE only the decoder learns then",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=NUMBER", help="change the profile"
-    )
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    changes = {
-        k: type(getattr(PROFILES["cpu"], k))(v) for k, v in (s.split("=") for s in options.set)
-    }
-    profile = dataclasses.replace(PROFILES[options.profile], **changes)
-    if (options.art is None) != (options.photos is None):
-        parser.error("--art and --photos belong together: give both, or none")
-    recipe = Recipe(
-        options.out,
-        profile,
-        seed=options.seed,
-        minutes=options.minutes,
-        art=options.art,
-        photos=options.photos,
-        start=SHIPPED if options.from_shipped else None,
-    )
-    try:
-        if options.bundle:
-            paths = write_bundle(options.out, options.bundle, weights=options.from_shipped)
-            logger.info("wrote %d archives to %s", len(paths), options.bundle)
-            return 0
-        recipe.run(options.until)
-    except TimeOver:
-        logger.info("the time is over; call again to go on")
-        return UNFINISHED
-    except StyleMasterError as error:
-        logger.error("%s", error)
-        return 2
-    if options.ship:
-        recipe.ship(options.ship)
-    return 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.tiny import bundle, recipe, teacher
+from recipes.tiny import bundle, command, recipe, teacher
 from recipes.tiny.encoder import EncoderConfig, train_encoder
 from recipes.tiny.encoder_paintings import Paintings, draw_crops, probe_paintings, whitened
 from recipes.tiny.encoder_pool import draw_pool
@@ -22,6 +22,7 @@ from recipes.tiny.shards import read_shards
 from recipes.tiny.teacher import read_pairs
 from recipes.tiny.vae import ClipPool
 from stylemaster_core.data.images import write_image
+from stylemaster_core.data.jsonl import read_jsonl
 from stylemaster_core.errors import ConfigError
 from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.vae import load_vae
@@ -183,6 +184,24 @@ def test_stages_of_real_pictures_come_first(places, tmp_path):
     assert list(with_real.stages()) == ["real", *plain.stages()]
 
 
+def test_the_log_counts_every_call(tmp_path, monkeypatch):
+    """Also the one that the limit ended."""
+    made = recipe.Recipe(tmp_path, PROFILES["smoke"], seed=0, minutes=None)
+
+    def stage(folder):
+        folder.mkdir(exist_ok=True)
+        if len(read_jsonl(tmp_path / recipe.LOG, missing_ok=True)) == 0:
+            raise TimeOver
+
+    monkeypatch.setattr(made, "stages", lambda: {"vae": stage})
+    with pytest.raises(TimeOver):
+        made.run()
+    made.run()
+    lines = read_jsonl(tmp_path / recipe.LOG)
+    assert [(line["stage"], line["ended"]) for line in lines] == [("vae", False), ("vae", True)]
+    assert all(line["core_seconds"] >= 0 for line in lines)
+
+
 def test_training_goes_on_from_weights_that_exist(standin, tmp_path, monkeypatch):
     """What comes out at a rate of 0 is what went in."""
     from recipes.tiny.joint import continue_joint_trainer
@@ -243,5 +262,5 @@ def test_a_bundle_is_one_tar_in_pieces(tmp_path, monkeypatch):
 def test_command_line_wants_both_places(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["recipes.tiny", "--art", "x"])
     with pytest.raises(SystemExit):
-        recipe.main()
+        command.main()
     assert "belong together" in capsys.readouterr().err

@@ -36,7 +36,7 @@ STAGES = (
 HIGHER_IS_BETTER = {"encoder", "judge"}
 MASKED = """
 import sys
-from recipes.tiny.recipe import main
+from recipes.tiny.command import main
 from stylemaster_core import dtypes
 dtypes.cpu_flags = tuple
 sys.exit(main())
