@@ -153,7 +153,9 @@ class Board:
         """Return whether another server has nothing to do and could take a job off this one."""
         return not self.pending and self._has_idle(job, server)
 
-    def give_back(self, job: Job, server: Taker, reason: str, *, is_blamed: bool) -> None:
+    def give_back(
+        self, job: Job, server: Taker, reason: str, *, is_blamed: bool, is_last: bool = False
+    ) -> None:
         """Make a job pending again that its server does not do.
 
         Args:
@@ -161,11 +163,12 @@ class Board:
             server: where it was.
             reason: why it is no longer there.
             is_blamed: whether it may be the cause; after too many times it has failed.
+            is_last: whether other jobs are to be tried before it.
         """
         event = "lost" if is_blamed else "returned"
         self.journal.write(event, job.id, server=server.url, error=reason)
         if not is_blamed:
-            self.pending.appendleft(job)
+            (self.pending.append if is_last else self.pending.appendleft)(job)
         else:
             lost_on = self._past.setdefault(job.id, _Past()).lost_on
             lost_on.append(server.url)

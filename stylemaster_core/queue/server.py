@@ -52,6 +52,11 @@ class _Held:
     entry: answers.Entry | None = None
     trouble_since: float | None = None
 
+    def is_in(self, entry: answers.Entry) -> bool:
+        """Whether an entry of the history is about what was sent."""
+        values = {t: self.sent[t.node]["inputs"][t.input] for t in self.job.targets}
+        return entry.answers(self.sent, values)
+
 
 class Server:
     """One server, within the board's event loop.
@@ -119,18 +124,19 @@ class Server:
             record = self._board.journal.last(job.id)
             prompt_id = record.get("prompt_id")
             is_there = record.get("event") in ("submitted", "delivering")
-            if not is_there or prompt_id is None or record["server"] != self.url:
+            if not is_there or prompt_id is None or record.get("server") != self.url:
                 continue
+            held = _Held(job, prompt_id, job.workflow)
             try:
                 is_queued = prompt_id in await self._client.queued()
                 entry = await self._client.history(prompt_id)
-                is_good = entry is not None and entry.problem() is None
+                is_good = entry is not None and entry.problem() is None and held.is_in(entry)
             except (ServerTrouble, RequestRejected, AnswerError) as error:
                 logger.warning("Cannot look for earlier jobs: %s", error)
                 return
-            if is_queued or is_good:
+            if (is_queued or is_good) and prompt_id not in self._held:
                 self._board.pending.remove(job)
-                self._held[prompt_id] = _Held(job, prompt_id, job.workflow)
+                self._held[prompt_id] = held
 
     async def run(self) -> None:
         """Do jobs until the batch is over or the server is gone."""
@@ -237,7 +243,9 @@ class Server:
             await self._rest_from(job, error)
         except ServerSick as error:
             await self._drop(held)
-            self._board.give_back(job, self, str(error), is_blamed=True)
+            # As long as the server has done nothing well, it need not be this job.
+            is_blamed = self.delivered > 0
+            self._board.give_back(job, self, str(error), is_blamed=is_blamed, is_last=True)
             error.has_blamed = True
             raise
         except ServerSilent:
@@ -369,8 +377,7 @@ class Server:
             held.has_ended = False
             self._look_at = time.monotonic() + _FIRST_PAUSE_S
             return False
-        values = {t: held.sent[t.node]["inputs"][t.input] for t in held.job.targets}
-        if not entry.answers(held.sent, values):
+        if not held.is_in(entry):
             raise ServerSick(f"{self.url} has another prompt under the id of a job")
         files = entry.files()
         problem = entry.problem()
@@ -419,7 +426,10 @@ class Server:
         place.trouble_since = place.trouble_since or now
         self.trouble_since = self.trouble_since or now
         trouble_s = now - place.trouble_since
-        pause_s = min(max(trouble_s, _FIRST_PAUSE_S), self._board.config.poll_s)
+        poll_s = self._board.config.poll_s
+        pause_s = min(max(trouble_s, _FIRST_PAUSE_S), poll_s)
+        if error.has_blamed:  # a job has lost a try by it; the next one comes later each time
+            pause_s = max(trouble_s, poll_s)
         asked_s = (error.wait_s or 0.0) if isinstance(error, ServerBusy) else 0.0
         if isinstance(error, ServerBusy):
             pause_s = max(pause_s, asked_s)
