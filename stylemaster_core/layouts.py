@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -142,6 +143,28 @@ def fit_size(height: int, width: int, *, multiple: int = SIZE_MULTIPLE) -> tuple
     if min(height, width, multiple) < 1:
         raise ConfigError(f"size {width} x {height}, multiple {multiple}: all must be at least 1")
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def fit_area(
+    height: int, width: int, area_px: int, *, multiple: int = SIZE_MULTIPLE
+) -> tuple[int, int]:
+    """Return the (height, width) of this shape that has about so many pixels.
+
+    Args:
+        height: of the shape.
+        width: of the shape.
+        area_px: pixels of a frame.
+        multiple: of both sides; they are rounded to it, and are at least as long.
+
+    Raises:
+        ConfigError: if a number is below 1.
+    """
+    if min(height, width, area_px, multiple) < 1:
+        raise ConfigError(
+            f"shape {width} x {height}, area {area_px}, multiple {multiple}: all must be at least 1"
+        )
+    scale = math.sqrt(area_px / (height * width)) / multiple
+    return max(round(height * scale), 1) * multiple, max(round(width * scale), 1) * multiple
 
 
 class Padding(NamedTuple):

@@ -200,6 +200,9 @@ def write_clips(folder):
         frames = np.full((count, 32, 48, 3), 60 + 100 * number, np.uint8)
         write_video(folder / f"clip_{number}.mp4", frames, fps=12)
     (folder / "notes.txt").write_text("no video")
+    # What a Mac's drive holds beside a file, and a folder that is named like one: both come first.
+    (folder / "._clip_0.mp4").write_bytes(b"\0\5\26\7")
+    (folder / "a.mp4").mkdir()
 
 
 def run(comfy, **more: Any) -> server.Result:
@@ -643,6 +646,34 @@ def test_a_latent_of_another_length_is_explained(comfy):
     assert "5 control frames" in message and "StyleMaster Latent" in message
     unmatched = {**nodes, "bad": sampled("control"), "out": compare("@bad", "@sample")}
     assert "gray tile" in failure(comfy, "bad", **unmatched)
+
+
+def test_a_size_that_follows_the_clips_shape(comfy):
+    def latent(**inputs: Any) -> dict[str, Any]:
+        return stylemaster(
+            "Latent", num_frames=81, width=64, height=48, frames="@upright", **inputs
+        )
+
+    result = run(
+        comfy,
+        upright=node("EmptyImage", width=270, height=480, batch_size=3, color=0),
+        as_it_is=latent(),
+        shape=latent(resize="to the area"),
+        exact=latent(resize="to the size"),
+        latent=stylemaster("Latent", num_frames=5, width=64, height=48),
+        seen=show("@as_it_is:4"),
+        seen_shape=show("@shape:4"),
+        seen_exact=show("@exact:4"),
+    )
+
+    def size(key: str) -> tuple[int, int]:
+        files = result.outputs[key]["images"]
+        assert len(files) == 3
+        return Image.open(io.BytesIO(comfy.view(files[0]))).size
+
+    assert size("seen") == (270, 480)
+    assert size("seen_shape") == (48, 80)  # 9:16, about as many pixels as 64 x 48
+    assert size("seen_exact") == (64, 48)
 
 
 def test_encoded_frames_are_a_start(comfy):

@@ -170,7 +170,7 @@ def test_a_template_runs_in_the_browser(comfy, name):
 
 def small(name: str = "tiny_video_to_video", **changes: dict[str, Any]) -> dict[str, Any]:
     size = {"width": 64, "height": 48}
-    fast = {"First 33 frames": {"length": 5}, "Size of the video": size}
+    fast = {"First 33 frames": {"length": 5}, "Size and length": size}
     workflow = template(name, **{**fast, **changes})
     for node in workflow.values():
         if node["class_type"] == "StyleMasterSampler":
@@ -259,17 +259,18 @@ def test_a_link_that_is_not_there_is_named(comfy):
 
 def test_stock_nodes_take_its_vae(comfy):
     """Encoded and decoded, whole and in tiles, a clip is much the same."""
-    workflow = template(**{"Size of the video": {"width": 130, "height": 100}})
-    clip = node_titled(workflow, "Size of the video")
+    size = {"width": 130, "height": 100, "resize": "to the size"}
+    workflow = template(**{"Size and length": size})
+    clip = node_titled(workflow, "Size and length")
     used = {key: workflow[key] for key in needed(workflow, clip) | {"1"}}
 
     def there_and_back(ending: str, **options: int) -> np.ndarray:
         both = {"vae": ["1", 2], **options}
-        encode = {"class_type": f"VAEEncode{ending}", "inputs": {"pixels": [clip, 0], **both}}
+        encode = {"class_type": f"VAEEncode{ending}", "inputs": {"pixels": [clip, 4], **both}}
         decode = {"class_type": f"VAEDecode{ending}", "inputs": {"samples": ["encode", 0], **both}}
         return frames_of(comfy, {**used, "encode": encode, "decode": decode}, "decode")
 
-    seen = frames_of(comfy, dict(used), clip)[:, 2:98, 1:129]  # what multiples of 8 leave
+    seen = frames_of(comfy, dict(used), clip, 4)[:, 2:98, 1:129]  # what multiples of 8 leave
     whole = there_and_back("")
     tiled = there_and_back("Tiled", tile_size=64, overlap=32, temporal_size=64, temporal_overlap=8)
     assert psnr(whole, seen) > 18

@@ -5,6 +5,7 @@ import torch
 from stylemaster_core.errors import ConfigError, LayoutError
 from stylemaster_core.layouts import (
     Padding,
+    fit_area,
     fit_size,
     frames_to_video,
     latent_shape,
@@ -18,6 +19,22 @@ RANDOM = np.random.default_rng(0)
 
 def some_frames(*shape):
     return RANDOM.integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((480, 832), (480, 832)),
+        ((1080, 1920), (480, 848)),
+        ((1920, 1080), (848, 480)),
+        ((100, 100), (624, 624)),
+        ((5, 5000), (16, 19984)),
+    ],
+)
+def test_a_size_of_a_shape_keeps_the_area(shape, expected):
+    assert fit_area(*shape, 480 * 832) == expected
+    with pytest.raises(ConfigError, match="all must be at least 1"):
+        fit_area(*shape, 0)
 
 
 def test_frames_and_video_convert_without_loss():
