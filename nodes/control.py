@@ -10,6 +10,7 @@ from torch import Tensor
 from ..stylemaster_core.data.gray_tile import cover_resize_frames, gray_tile
 from ..stylemaster_core.errors import ConfigError, LayoutError
 from ..stylemaster_core.layouts import pad_video
+from ..stylemaster_core.reading import reading
 from .conditionings import Conditioning, controlled_conditioning, create_control
 from .layouts import Latent, image_to_frames, latent_padding, latent_video_size, video_to_image
 from .loaders import read_kind
@@ -53,8 +54,9 @@ def load_controlnet(name: str) -> Any:
     """
     check_named(name, "control_net")
     path = model_file(name, "controlnet", ADAPTERS)
-    tensors, _ = read_kind(path, "gray_tile_controlnet", "gray-tile ControlNet")
-    return load_native_controlnet(tensors)
+    with reading(path, "a gray-tile ControlNet"):
+        tensors, _ = read_kind(path, "gray_tile_controlnet", "gray-tile ControlNet")
+        return load_native_controlnet(tensors)
 
 
 class GrayTileControl(io.ComfyNode):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from comfy import model_management
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -19,7 +21,9 @@ from ..stylemaster_core.models.stylecrafter_sdxl import (
     load_stylecrafter_sdxl,
     load_stylecrafter_video,
 )
+from ..stylemaster_core.reading import reading
 from ..stylemaster_core.weights.files import read_state_dict
+from ..stylemaster_core.weights.numbers import check_weights
 from ..stylemaster_core.weights.state_dict import (
     Kind,
     describe_kind,
@@ -47,6 +51,7 @@ from .sockets import (
     schema,
 )
 
+CHECK_VARIABLE = "STYLEMASTER_CHECK_WEIGHTS"  # 0: do not look for NaN in them
 PACK = Path(__file__).resolve().parents[1]
 
 
@@ -68,6 +73,8 @@ def _read_kinds(
     tensors = strip_prefix(file.tensors)
     kind = detect_kind(shapes_of(tensors))
     if kind in wanted:
+        if os.environ.get(CHECK_VARIABLE) != "0":
+            check_weights(tensors, path, device=model_management.get_torch_device())
         return kind, tensors, file.metadata
     message = f"{path} is no {what}. This file is {describe_kind(kind)}."
     if kind == "stylemaster" and "style_adapter" in wanted:
@@ -85,6 +92,11 @@ def load_adapter(path: Path) -> StyleAdapter | StyleCrafterAdapter:
     Raises:
         WeightsError: if the file is of another kind, damaged or incomplete.
     """
+    with reading(path, "a style adapter"):
+        return _load_adapter(path)
+
+
+def _load_adapter(path: Path) -> StyleAdapter | StyleCrafterAdapter:
     kinds: tuple[Kind, ...] = (
         "style_adapter",
         "stylecrafter_sdxl",
@@ -240,8 +252,8 @@ class MotionAdapterLoader(io.ComfyNode):
 def _load_motion_adapter(name: str) -> MotionAdapter:
     check_named(name, "motion_adapter")
     path = model_file(name, "loras", ADAPTERS)
-    tensors, _ = read_kind(path, "motion_adapter", "motion adapter")
-    return load_motion_adapter(tensors)
+    with reading(path, "a motion adapter"):
+        return load_motion_adapter(read_kind(path, "motion_adapter", "motion adapter")[0])
 
 
 NODES = [LoadAdapter, MotionAdapterLoader]

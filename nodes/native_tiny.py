@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..stylemaster_core.errors import WeightsError
 from ..stylemaster_core.models.patch_vae import PatchVAE, create_patch_vae
 from ..stylemaster_core.models.text_encoder import HashedWordsTextEncoder, load_text_encoder
+from ..stylemaster_core.reading import reading
 from ..stylemaster_core.weights.files import read_state_dict
 
 # float32 numbers alive at once for each position of the latents; measured: 2300 and 3700.
@@ -126,9 +127,10 @@ def load_native_image_encoder(folder: Path) -> comfy.clip_vision.ClipVisionModel
     Raises:
         WeightsError: for missing or unexpected weights.
     """
-    encoder = comfy.clip_vision.ClipVisionModel(str(folder / "config.json"))
-    tensors = read_state_dict(folder / "model.safetensors").tensors
-    missing, unexpected = encoder.load_sd(tensors)
+    with reading(folder, "a CLIP image encoder"):
+        encoder = comfy.clip_vision.ClipVisionModel(str(folder / "config.json"))
+        tensors = read_state_dict(folder / "model.safetensors").tensors
+        missing, unexpected = encoder.load_sd(tensors)
     if missing or unexpected:
         raise WeightsError(
             f"{folder} is no CLIP image encoder of its config.json: it lacks {missing} and has "

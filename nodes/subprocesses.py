@@ -62,10 +62,10 @@ def run_core(
     logger.info("starting: stylemaster %s", " ".join(words))
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            [python, "-m", "stylemaster_core", *words],
+            [python, "-m", "stylemaster_core", "--stop-with-stdin", *words],
             cwd=PACK,
             env=_environment(),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # it closes with this process, however that ends
             stdout=out,
             stderr=log,
             start_new_session=True,
@@ -79,6 +79,8 @@ def run_core(
         finally:
             _end(child, stop_file)
             atexit.unregister(_kill)
+            if child.stdin is not None:
+                child.stdin.close()
         watch()
         if child.returncode:
             raise ChildError(_message(child.returncode, _text(log)))

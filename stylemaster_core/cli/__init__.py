@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import DiskError, StyleMasterError
+from .stop_with_stdin import stop_with_stdin
 
 # What `stylemaster --help` says of each subcommand: only the one that is called gets imported.
 SUBCOMMANDS = {
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = f"; {args.kept}" if "kept" in args else ""
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         logging.getLogger("stylemaster").setLevel(logging.DEBUG if args.verbose else logging.INFO)
+        if args.stop_with_stdin:
+            stop_with_stdin()
         return args.run(args)
     except StyleMasterError as error:
         of_disk = any(isinstance(e, OSError | DiskError) for e in (error, error.__cause__))
@@ -76,6 +79,11 @@ def _create_parser(called: str | None) -> argparse.ArgumentParser:
         description="Reference-style video generation and restyling: StyleMaster on Wan 2.1.",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    parser.add_argument(
+        "--stop-with-stdin",
+        action="store_true",
+        help="stop as at Ctrl-C once the standard input closes: with the process that started this",
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in SUBCOMMANDS.items():
         if name == called:

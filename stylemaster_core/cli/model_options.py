@@ -62,6 +62,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         "--storage", default="compute", choices=("compute", "float8"), help="of the transformer"
     )
     memory.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    memory.add_argument(
+        "--skip-weight-check", action="store_true", help="do not look for NaN in the weights"
+    )
     return group
 
 
@@ -95,6 +98,7 @@ def open_models(args: argparse.Namespace, random_dir: Path | None = None) -> Mod
         storage=args.storage,
         compile_blocks=args.compile,
         loras=_check_loras(getattr(args, "lora", []), files),
+        check_weights=not args.skip_weight_check,
     )
 
 

@@ -46,6 +46,9 @@ def _add_trainer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--cpu", action="store_true", help="stay off the GPU")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--skip-weight-check", action="store_true", help="do not look for NaN in the weights"
+    )
     settings = parser.add_argument_group("settings")
     for option in SHORT:
         settings.add_argument(f"--{option.replace('_', '-')}", metavar="N")
@@ -122,7 +125,9 @@ def run(args: argparse.Namespace) -> int:
         trainer = create_trainer(config, files, data, null_text=null_text, meta=True)
         sys.stdout.write(describe(trainer, data, _num_processes()) + "\n")
         return 0
-    trainer = create_trainer(config, files, data, null_text=null_text)
+    trainer = create_trainer(
+        config, files, data, null_text=null_text, skip_check=args.skip_weight_check
+    )
     result = train(
         trainer,
         data,

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError, WeightsError
+from ..reading import reading
 from ..weights.files import read_state_dict, sha256_of
 from .jsonl import read_json
 
 FORMAT = "stylemaster-cache-1"
 MANIFEST = "manifest.json"
 NULL_TEXT = "null_text"  # tensor, and stem of its file
+_AGAIN = "encode the same dataset again"
 CacheKind = Literal["samples", "pairs"]
 Shape = tuple[int, ...]
 
@@ -57,6 +59,11 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
                 and `bucket` is false.
         """
         self.path = Path(path)
+        with reading(self.path, "a cache", error=ConfigError, advice=_AGAIN):
+            self._open_cache(kind, bucket)
+
+    def _open_cache(self, kind: str, bucket: bool) -> None:
+        path = self.path
         manifest = read_manifest(self.path)
         if manifest["kind"] != kind:
             raise ConfigError(f"{path} is a cache of {manifest['kind']}; expected one of {kind}")
@@ -100,8 +107,10 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         shard, position = self._places[index]
-        file = self._open(shard)
-        return {key: file.get_tensor(tensor_key(position, key)) for key in self._keys[index]}
+        path = shard_path(self.path, shard)
+        with reading(path, "a shard of a cache", error=ConfigError, advice=_AGAIN):
+            file = self._open(shard)
+            return {key: file.get_tensor(tensor_key(position, key)) for key in self._keys[index]}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
@@ -140,15 +149,9 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
 
     def _open(self, shard: int) -> Any:
         if shard not in self._files:
-            from safetensors import SafetensorError, safe_open
+            from safetensors import safe_open
 
-            path = shard_path(self.path, shard)
-            try:
-                self._files[shard] = safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(
-                    f"the shard {path} cannot be read ({error}); encode the same dataset again"
-                ) from error
+            self._files[shard] = safe_open(str(shard_path(self.path, shard)), framework="pt")
         return self._files[shard]
 
     def _check_file(self, record: Mapping[str, Any]) -> None:

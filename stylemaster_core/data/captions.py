@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ..errors import ConfigError, LayoutError
+from ..reading import reading
 from .jsonl import read_jsonl
 
 CAPTION_COLUMNS = ("caption", "prompt", "text")
@@ -59,6 +60,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """
     if not path.is_file():
         raise ConfigError(f"there is no table {path}; give a .csv or .jsonl file")
+    with reading(path, "a table", error=ConfigError, advice="mend it"):
+        return _read_rows(path)
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
     if path.suffix.lower() == ".jsonl":
         rows = [
             {key: str(value) for key, value in record.items() if value is not None}

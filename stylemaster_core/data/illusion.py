@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, WeightsError
+from ..reading import reading
 from .gray_tile import cover_resize_frames
 from .images import clip_pixels, read_image
 from .pairs import NewPair
@@ -248,11 +249,13 @@ def load_pixel_diffusion(
             "expected at least 1, at least 0, and 0 to 999"
         )
     needed = ("unet", "scheduler", "text_encoder", "tokenizer")
-    first = _load_pipeline(base, device, dtype, needed)
+    with reading(base, "a diffusers pipeline"):
+        first = _load_pipeline(base, device, dtype, needed)
     second = None
     if upscaler is not None:
         needed = ("unet", "scheduler", "image_noising_scheduler")
-        second = _load_pipeline(upscaler, device, dtype, needed)
+        with reading(upscaler, "a diffusers pipeline"):
+            second = _load_pipeline(upscaler, device, dtype, needed)
     return PixelDiffusion(first, second, num_steps, guidance_scale, noise_level)
 
 

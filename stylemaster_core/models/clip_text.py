@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedHostError, WeightsError
+from ..reading import reading
 from ..weights.files import read_state_dict
 from .image_encoder import ImageEncoder, joint_width
 
@@ -55,9 +56,10 @@ def load_clip_text(
         UnsupportedHostError: if open_clip is needed and not installed.
     """
     path = Path(path)
-    if path.is_dir():
-        return _from_folder(path, device, dtype)
-    return _from_open_clip(path, device, dtype)
+    with reading(path, "a CLIP text encoder"):
+        if path.is_dir():
+            return _from_folder(path, device, dtype)
+        return _from_open_clip(path, device, dtype)
 
 
 def project_patches(image_encoder: ImageEncoder, patch_features: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError, WeightsError
+from ..reading import reading
 from ..weights.files import read_state_dict
 from ..weights.shapes import Shape
 from ..weights.state_dict import (
@@ -133,8 +134,9 @@ def load_image_encoder(
         WeightsError: if the file is missing, damaged, of another kind, or incomplete.
     """
     path = Path(path)
-    model = _from_folder(path) if path.is_dir() else _from_file(path, num_heads)
-    return ImageEncoder(model.to(device=device, dtype=dtype))  # type: ignore[arg-type]
+    with reading(path, "a CLIP image encoder"):
+        model = _from_folder(path) if path.is_dir() else _from_file(path, num_heads)
+        return ImageEncoder(model.to(device=device, dtype=dtype))  # type: ignore[arg-type]
 
 
 def _from_folder(folder: Path) -> CLIPVisionModelWithProjection:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, LayoutError, WeightsError
 from ..weights.files import read_state_dict, write_state_dict
+from ..weights.numbers import check_floating
 from .decoupled_attention import StyleRegion
 
 FORMAT = "stylemaster-style-1"
@@ -139,10 +140,13 @@ def load_style(path: str | Path) -> Style:
             f"{path} is a style of the format {file.metadata.get('format')}, this version reads "
             f"{FORMAT}; update the pack, or encode the style again"
         )
+    check_floating(file.tensors, path)
     try:
         provenance = json.loads(file.metadata.get("provenance", "{}"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: the provenance in its header is damaged: {error}") from error
+    if not isinstance(provenance, dict):
+        raise WeightsError(f"{path}: the provenance in its header is no JSON object")
     try:
         return Style(file.tensors["style_tokens"], provenance)
     except LayoutError as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError, UnsupportedHostError, WeightsError
+from ..reading import reading
 from ..weights.files import read_state_dict
 from ..weights.shapes import Shape
 from ..weights.state_dict import (
@@ -179,10 +180,16 @@ def load_text_encoder(
         UnsupportedHostError: if sentencepiece or transformers is missing.
     """
     path = Path(path)
-    if path.suffix.lower() == ".json" and path.is_file():
-        return _hashed_words(path)
-    if dtype == torch.float16:
+    is_words = path.suffix.lower() == ".json" and path.is_file()
+    if dtype == torch.float16 and not is_words:
         raise ConfigError("UMT5 overflows in float16; use bfloat16 or float32")
+    with reading(path, "a text encoder"):
+        return _hashed_words(path) if is_words else _umt5(path, tokenizer, device, dtype)
+
+
+def _umt5(
+    path: Path, tokenizer: str | Path | None, device: torch.device | str, dtype: torch.dtype
+) -> UMT5TextEncoder:
     if path.is_dir():
         folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
         model, embedded = _from_folder(folder), None
@@ -207,13 +214,15 @@ def _hashed_words(path: Path) -> HashedWordsTextEncoder:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if settings["kind"] != "hashed_words":
-            raise WeightsError(f"{path} is of kind {settings['kind']!r}; expected 'hashed_words'")
+            raise WeightsError(
+                f"{path} is of kind {settings['kind']!r:.80}; expected 'hashed_words'"
+            )
         return HashedWordsTextEncoder(
             width=int(settings["width"]),
             max_length=int(settings.get("max_length", 64)),
             seed=int(settings["seed"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise WeightsError(
             f"{path} does not describe a text encoder ({error!r}); expected "
             '{"kind": "hashed_words", "width": 64, "seed": 0}'

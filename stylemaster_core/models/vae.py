@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, WeightsError
 from ..layouts import check_latents, check_video
+from ..reading import reading
 from ..weights.files import read_state_dict
 from ..weights.state_dict import (
     check_keys,
@@ -127,12 +128,13 @@ def load_vae(
     """
     path = Path(path)
     _check_tiling(tiling)
-    model = _from_folder(path) if path.is_dir() else _from_file(path)
-    if isinstance(model, PatchVAE):
-        return model.to(device)
-    on_cpu = torch.device(device).type == "cpu"
-    _move(model, device, torch.float32 if on_cpu else dtype)
-    return WanVAE(model, tiling=tiling)
+    with reading(path, "a Wan VAE"):
+        model = _from_folder(path) if path.is_dir() else _from_file(path)
+        if isinstance(model, PatchVAE):
+            return model.to(device)
+        on_cpu = torch.device(device).type == "cpu"
+        _move(model, device, torch.float32 if on_cpu else dtype)
+        return WanVAE(model, tiling=tiling)
 
 
 def native_vae_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ..dtypes import choose_dtype
 from ..errors import ConfigError, UnsupportedHostError, WeightsError
+from ..reading import reading
+from ..weights.files import StateDictFile, read_state_dict, shards_of
+from ..weights.numbers import check_floating, check_weights, not_finite
 
 if TYPE_CHECKING:
     from ..models.clip_text import ClipText
@@ -27,12 +30,17 @@ if TYPE_CHECKING:
     from ..models.text_encoder import TextEncoder
     from ..models.vae import WanVAE
     from ..models.wan_transformer import StyledWanTransformer
-    from ..weights.files import StateDictFile
 
 logger = logging.getLogger("stylemaster")
 
 Offload = Literal["none", "layers"]
 Storage = Literal["compute", "float8"]
+# What a model is made of, where it is more than the file of its name; the main one last.
+_FILES_OF = {
+    "transformer": ("motion_adapter", "adapter", "transformer"),
+    "style_projector": ("transformer", "adapter"),
+    "stylecrafter": ("adapter",),
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,7 @@ class Models:
         storage: Storage = "compute",
         compile_blocks: bool = False,
         loras: Sequence[tuple[Path, float]] = (),
+        check_weights: bool = True,
     ) -> None:
         """Remember the files; nothing is loaded yet.
 
@@ -149,6 +158,7 @@ class Models:
             storage: `float8` keeps the transformer's weights in 8 bits and computes in `dtype`.
             compile_blocks: compile the transformer's blocks.
             loras: files for Wan with strengths, merged into the transformer's weights.
+            check_weights: look for NaN and infinity once a model is loaded.
         """
         if offload not in get_args(Offload) or storage not in get_args(Storage):
             raise ConfigError(
@@ -168,6 +178,7 @@ class Models:
         self.storage = storage
         self.compile_blocks = compile_blocks
         self.loras = list(loras)
+        self.check_weights = check_weights
         self._kept: dict[str, Any] = {}
         self._text: dict[str, Tensor] = {}
 
@@ -175,7 +186,13 @@ class Models:
     def _borrow(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
         if name not in self._kept:
             logger.debug("loading the %s", name.replace("_", " "))
-            self._kept[name] = load()
+            files = [p for p in (getattr(self.files, f) for f in _FILES_OF.get(name, (name,))) if p]
+            if name == "transformer":
+                files = [*(path for path, _ in self.loras), *files]
+            with reading(files[-1], name.replace("_", " ")) if files else nullcontext():
+                model = load()
+                self._check(model, files)
+            self._kept[name] = model
         try:
             yield self._kept[name]
         finally:
@@ -185,6 +202,22 @@ class Models:
                     gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
+
+    def _check(self, model: Any, files: Sequence[Path]) -> None:
+        """Find NaN and infinity where the weights are now, which is fast; then name the file."""
+        module = model if isinstance(model, torch.nn.Module) else getattr(model, "model", None)
+        if not self.check_weights or not isinstance(module, torch.nn.Module):
+            return
+        bad = not_finite(module.state_dict())
+        if not bad:
+            return
+        for path in files:
+            for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+                check_weights(read_state_dict(file).tensors, file)
+        raise WeightsError(
+            f"{files[-1]}: weights such as {bad[0]} are NaN or infinite in {self.dtype}; if the "
+            "file is whole, use --dtype bfloat16 or float32"
+        )
 
     @contextmanager
     def text_encoder(self) -> Iterator[TextEncoder]:
@@ -345,6 +378,8 @@ class Models:
             if report.is_uniform:
                 logger.warning(report.message)
         model = load_transformer(self._cast(weights))
+        if self.storage == "float8":  # whose largest number stands for infinity
+            self._check(model, [*filter(None, [self.files.adapter]), path])
         if self.storage == "float8":
             model.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
         if self.offload == "layers" and self.device.type != "cpu":
@@ -370,13 +405,13 @@ class Models:
 
 def _read(path: Path, kinds: set[str], wanted: str) -> StateDictFile:
     """A file, or all safetensors of a folder, of one of the given kinds."""
-    from ..weights.files import StateDictFile, read_state_dict, shards_of
     from ..weights.state_dict import describe_kind, detect_kind, shapes_of, strip_prefix
 
     weights: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in shards_of(path, wanted):
         part = read_state_dict(file)
+        check_floating(part.tensors, file)
         weights |= part.tensors
         metadata |= part.metadata
     kind = detect_kind(shapes_of(strip_prefix(weights)))

@@ -26,6 +26,7 @@ from ..models.stylecrafter_sdxl import (
     load_stylecrafter_sdxl,
     load_stylecrafter_video,
 )
+from ..reading import reading
 from ..sampling.denoise_image import ImageText, denoise_image
 from ..seeds import LOWEST_OF_TORCH, check_seed
 from ..weights.state_dict import describe_kind, detect_kind, shapes_of, strip_prefix
@@ -80,6 +81,11 @@ def load_adapter(path: Path) -> StyleCrafterSdxl:
     Raises:
         WeightsError: if the file is of another kind, damaged or incomplete.
     """
+    with reading(path, "a StyleCrafter adapter for SDXL"):
+        return _load_adapter(path)
+
+
+def _load_adapter(path: Path) -> StyleCrafterSdxl:
     from ..weights.files import read_state_dict
 
     content = read_state_dict(path)
@@ -118,12 +124,14 @@ def load_sdxl(
     from ..models.sdxl_file import load_sdxl_file
     from ..models.sdxl_lora import merge_lora
 
-    pipe = load_sdxl_file(path, dtype=dtype) if path.is_file() else _load_folder(path, dtype)
+    with reading(path, "SDXL"):
+        pipe = load_sdxl_file(path, dtype=dtype) if path.is_file() else _load_folder(path, dtype)
     pipe.set_progress_bar_config(disable=True)
     # In float16 SDXL's VAE overflows.
     pipe.vae.to(torch.float32)
     for lora, scale in loras:
-        merge_lora(pipe, lora, scale)
+        with reading(lora, "a LoRA for SDXL"):
+            merge_lora(pipe, lora, scale)
     return pipe.to(device)
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..errors import WeightsError
 from ..file_names import file_below
-from ..weights.files import read_state_dict, write_state_dict
+from ..reading import reading
+from ..weights.files import read_keys, read_state_dict, write_state_dict
 from ..writing import remove_leftovers as remove_hidden
 from ..writing import write_text
 
@@ -32,6 +33,9 @@ LATEST = "latest"
 STATE = "state.json"
 SHARDED = "sharded"  # folder of accelerate's own files, where weights are spread over processes
 _FOLDER = re.compile(r"step-(\d{8})")
+_STATE_TYPES = {"step": int, "trainer": str, "hashes": dict, "num_processes": int} | {
+    "optimizer": dict
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +96,7 @@ def write_checkpoint(
             write_state_dict(part / "average.safetensors", checkpoint.average)
         _write_json(part / "config.json", checkpoint.config)
         state = {
+            "files": {f.name: f.stat().st_size for f in sorted(part.iterdir()) if f.is_file()},
             "format": FORMAT,
             "step": checkpoint.step,
             "trainer": checkpoint.trainer,
@@ -158,8 +163,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.is_file():
         # Killed between the first checkpoint and its pointer, or the pointer was deleted.
-        found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name)]
-        return max(found, default=None)
+        names = [p.name for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name)]
+        return file_below(folder, max(names), folder) if names else None
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not _FOLDER.fullmatch(name):
         raise WeightsError(
@@ -199,14 +204,37 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         WeightsError: if it is damaged or of another format.
     """
+    with reading(path, "a checkpoint", advice="use another checkpoint"):
+        return _read_checkpoint(path)
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
     state, config = _read_json(path / STATE), read_settings(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise WeightsError(f"{path} is no checkpoint of this version ({FORMAT}); use another")
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path}: its config.json is no JSON object; use another checkpoint")
+    wrong = [key for key, kind in _STATE_TYPES.items() if type(state.get(key)) is not kind]
+    if wrong:
+        raise WeightsError(f"{path}: {', '.join(wrong)} of its {STATE} cannot be; use another")
+    for name, size in state.get("files", {}).items():
+        file = file_below(path, name, path / STATE)
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            raise WeightsError(
+                f"{file} {'is missing' if found is None else f'has {found:,} bytes'}, and {size:,} "
+                "bytes were written; use another checkpoint: going on without would be another run"
+            )
 
     def tensors(name: str) -> dict[str, Tensor]:
         return read_state_dict(path / f"{name}.safetensors").tensors
 
     sharded = is_sharded(path)
+    if state["step"] and not sharded and not read_keys(path / "optimizer.safetensors"):
+        raise WeightsError(
+            f"{path} holds no state of the optimiser; use another checkpoint: going on without "
+            "would be another run"
+        )
     return Checkpoint(
         step=state["step"],
         trainer=state["trainer"],

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from ..errors import ConfigError
 from ..models.texture_selector import SelectionMode
+from ..reading import reading
 
 TrainerName = Literal[
     "global-projection", "style", "motion", "control", "base", "stylecrafter", "stylecrafter-video"
@@ -195,13 +196,12 @@ def read_config(name: str | Path) -> TrainConfig:
             f"{str(name)!r} is neither a preset ({', '.join(PRESETS)}) nor a file; write a JSON "
             "file with the fields of TrainConfig, or name a preset"
         )
-    try:
+    advice = "mend it, or name a preset"
+    with reading(path, "a config in JSON", error=ConfigError, advice=advice):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no JSON: {error}; mend it or name a preset") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; expected an object of fields")
-    return config_from_dict(values)
+        if not isinstance(values, dict):
+            raise ConfigError(f"it holds a {type(values).__name__}; expected an object of fields")
+        return config_from_dict(values)
 
 
 def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,15 +17,17 @@ import torch
 from filelock import BaseFileLock
 from torch import Tensor
 
-from ..errors import ConfigError, LayoutError, StyleMasterError
+from ..errors import ConfigError, LayoutError, StyleMasterError, WeightsError
+from ..reading import reading
 from ..weights.files import write_state_dict
+from ..weights.numbers import check_weights
 from ..writing import check_folder, remove_leftovers, write_text
 from . import checkpoint as checkpoints
 from .checks import check_data, check_disk, check_hashes, check_resume, check_trained, disk_bytes
 from .config import config_to_dict
 from .ema import MovingAverage
 from .optimizer import create_optimizer, learning_rate
-from .previews import References, write_preview
+from .previews import SAMPLES, References, write_preview
 from .run_lock import lock_run
 from .samples import (
     Batch,
@@ -52,6 +55,10 @@ Decode = Callable[[Tensor], np.ndarray]
 
 class NonFiniteError(StyleMasterError):
     """The loss or the gradient is NaN or infinite."""
+
+
+class WorkerLostError(StyleMasterError):
+    """A process of the data loader is gone."""
 
 
 class _StopSampling(Exception):  # noqa: N818
@@ -140,6 +147,15 @@ def check_new(out: Path) -> None:
         )
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole process group asks the trainer for a checkpoint, which needs samples.
+
+    Workers end with the trainer: it tells them to, and they look whether it is there.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Loop:
     def __init__(
         self,
@@ -212,7 +228,12 @@ class _Loop:
         with bar:
             batches = self._batches(plan, start)
             while step < run.num_steps and not stopped:
-                loss = self._step(step + 1, batches)
+                try:
+                    loss = self._step(step + 1, batches)
+                except WorkerLostError:
+                    if saved != step and self.accelerator.num_processes == 1:
+                        self._save(step)
+                    raise
                 stopped = loss is None
                 if loss is not None:
                     step += 1
@@ -246,6 +267,7 @@ class _Loop:
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=run.num_workers,
+            worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=self.accelerator.device.type == "cuda",
         )
         return iter(loader)
@@ -266,7 +288,7 @@ class _Loop:
             if self._stopping():
                 self.optimizer.zero_grad()
                 return None
-            batch = next(batches)
+            batch = self._next_batch(step, batches)
             with self.accelerator.accumulate(self.model):
                 loss = self._losses(batch, step)
                 names += batch.names
@@ -296,6 +318,18 @@ class _Loop:
             },
         )
         return total
+
+    def _next_batch(self, step: int, batches: Iterator[Batch]) -> Batch:
+        try:
+            return next(batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.optimizer.zero_grad()
+            raise WorkerLostError(
+                f"step {step}: a process that reads samples was killed ({error}); often the memory "
+                "was full. Resume with a smaller run.num_workers (0 reads in this process)"
+            ) from error
 
     def _losses(self, batch: Batch, step: int) -> Tensor:
         device = self.accelerator.device
@@ -405,12 +439,20 @@ class _Loop:
         if self.sharded:
             self.accelerator.load_state(str(path / checkpoints.SHARDED))
             return found.step
-        with torch.no_grad():
+        check_weights(found.weights, path / "weights.safetensors")
+        if self.average is not None:
+            if found.average is None:
+                raise WeightsError(
+                    f"{path} holds no moving average, which this run keeps; use another checkpoint"
+                )
+            check_weights(found.average, path / "average.safetensors")
+        advice = "use another checkpoint"
+        with reading(path, "a checkpoint of this run", advice=advice), torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(found.weights[name])
-        self.optimizer.load_state_dict(found.optimizer)
-        if self.average is not None and found.average is not None:
-            self.average.load(found.average)
+            self.optimizer.load_state_dict(found.optimizer)
+            if self.average is not None and found.average is not None:
+                self.average.load(found.average)
         return found.step
 
     def _save(self, step: int) -> None:
@@ -459,6 +501,7 @@ class _Loop:
                 check_new(self.out)
             checkpoints.remove_leftovers(self.out / CHECKPOINTS)
             remove_leftovers(self.out)
+            remove_leftovers(self.out / SAMPLES)
         self.accelerator.wait_for_everyone()
 
     def _open_files(self, start: int) -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, WeightsError
+from ..reading import reading
 from ..weights.files import read_keys, read_state_dict, sha256_of
+from ..weights.numbers import check_weights
 from ..weights.state_dict import (
     describe_kind,
     detect_kind,
@@ -84,6 +86,7 @@ def create_trainer(
     *,
     null_text: Tensor | None = None,
     meta: bool = False,
+    skip_check: bool = False,
 ) -> Trainer:
     """Read the files and make the trainer that the config names.
 
@@ -93,6 +96,7 @@ def create_trainer(
         data: samples; the first one's shapes decide the widths of new weights.
         null_text: [L, Dt] features of the empty prompt.
         meta: read shapes alone and make everything without numbers, for a dry run.
+        skip_check: do not look for NaN and infinity in the weights.
 
     Raises:
         StyleMasterError: for missing or unfitting files.
@@ -115,7 +119,10 @@ def create_trainer(
         if path is not None:
             logger.info("reading the %s: %s", key.replace("_", " "), path)
             kinds = _STYLECRAFTER if key == "adapter" and "stylecrafter" in name else _KINDS[key]
-            weights[key], metadata = _read(path, key, kinds, meta)
+            with reading(path, f"the {key.replace('_', ' ')}"):
+                weights[key], metadata = _read(path, key, kinds, meta)
+                if not (meta or skip_check):
+                    check_weights(weights[key] or {}, path)
             if not meta:
                 provenance[f"{key}_sha256"] = _hash(path)
             if key == "adapter":

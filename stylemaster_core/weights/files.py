@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import pickle
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DiskError, WeightsError
+from ..reading import reading
 from ..writing import written_beside
 from .manifest import how_to_get
 
@@ -27,20 +27,6 @@ Progress = Callable[[int, "int | None"], None]
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_PICKLE_MAGIC = b"\x80"
 _CHUNK_BYTES = 1 << 20
-
-# What a damaged or hostile file makes the two readers raise.
-_READ_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    TypeError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -82,11 +68,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDictFile:
         WeightsError: if the file is missing, truncated, of another kind, or holds code.
     """
     path = _existing(path)
-    if _format_of(path) == "safetensors":
-        with _open_safetensors(path) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return StateDictFile(tensors, dict(file.metadata() or {}))
-    return _flatten_checkpoint(_load_checkpoint(path), path)
+    with reading(path, "a weight file"):
+        if _format_of(path) == "safetensors":
+            with _open_safetensors(path) as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return StateDictFile(tensors, dict(file.metadata() or {}))
+        return _flatten_checkpoint(_load_checkpoint(path), path)
 
 
 def read_keys(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -102,9 +89,14 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], 
         WeightsError: as `read_state_dict`.
     """
     path = _existing(path)
-    if _format_of(path) != "safetensors":
-        tensors = read_state_dict(path).tensors
-        return {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+    with reading(path, "a weight file"):
+        if _format_of(path) == "safetensors":
+            return _read_header(path)
+    tensors = read_state_dict(path).tensors
+    return {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+
+
+def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     keys: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     with _open_safetensors(path) as file:
         for key in file.keys():  # noqa: SIM118
@@ -276,12 +268,9 @@ def _format_of(path: Path) -> str:
 
 
 def _open_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+    return safe_open(str(path), framework="pt")
 
 
 def _load_checkpoint(path: Path) -> Any:
@@ -297,15 +286,6 @@ def _load_checkpoint(path: Path) -> Any:
             "Python objects beside tensors, and reading those could run code from the file. "
             f"Use a file of plain tensors, best a .safetensors file. Reader's words: {error}"
         ) from error
-    except _READ_ERRORS as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> WeightsError:
-    return WeightsError(
-        f"{path} ({path.stat().st_size:,} bytes) is damaged or incomplete; compare its size with "
-        f"the published one, delete it and download it again. Reader's words: {error}"
-    )
 
 
 def _flatten_checkpoint(content: Any, path: Path) -> StateDictFile:
@@ -325,6 +305,7 @@ def _flatten_checkpoint(content: Any, path: Path) -> StateDictFile:
         for key, value in node.items():
             name = f"{prefix}{key}"
             if isinstance(value, Tensor):
+                _check_stored(name, value, path)
                 tensors[name] = value.detach()
             elif isinstance(value, Mapping):
                 walk(value, f"{name}.")
@@ -343,6 +324,19 @@ def _flatten_checkpoint(content: Any, path: Path) -> StateDictFile:
     if left_out:
         logger.warning("%s: left out entries that are no tensors: %s", path, left_out[:10])
     return StateDictFile(tensors, metadata)
+
+
+def _check_stored(name: str, value: Tensor, path: Path) -> None:
+    """Refuse a tensor that is no plain array, or claims more numbers than the file holds.
+
+    One number with strides of 0 can stand for any size, and fills the memory once it is used.
+    """
+    plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if not plain or value.numel() * value.element_size() > max(4 * path.stat().st_size, 1 << 20):
+        raise WeightsError(
+            f"{path}: {name!r} is no plain tensor of the file's own numbers ({value.layout}, "
+            f"{list(value.shape)}); use a file of plain tensors, best a .safetensors file"
+        )
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

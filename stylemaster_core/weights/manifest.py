@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import WeightsError
+from ..reading import reading
 
 MANIFEST_PATH = Path(__file__).parents[2] / "weights_manifest.json"
 
@@ -58,14 +59,10 @@ def load_manifest(path: Path | None = None) -> dict[str, WeightEntry]:
             "package installed without the repository does not carry it. Run from a clone, install "
             "with `pip install -e .`, or copy weights_manifest.json to that path."
         )
-    try:
+    advice = "restore it from the repository; weights_manifest.schema.json describes its form"
+    with reading(path, "a list of weight files", advice=advice):
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = [_entry(item) for item in content["files"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{path} is not a list of weight files ({error!r}). Restore it from the repository; "
-            "its form is described in weights_manifest.schema.json."
-        ) from error
     by_id = {entry.id: entry for entry in entries}
     if len(by_id) != len(entries):
         raise WeightsError(f"{path} names an id twice. Every id must be unique.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from tests.fuzz import names, servers
+from tests.fuzz import damage, kills, names, servers
 from tests.fuzz.attack import Kind
 
 KINDS: tuple[Kind, ...] = (
+    damage.KIND,
+    damage.PICKLES,
     names.KIND,
     servers.SERVERS,
     servers.QUEUE,
+    kills.KIND,
 )

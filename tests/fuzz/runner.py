@@ -150,7 +150,8 @@ def _play(
         report_multiple_bugs=False,
         verbosity=hypothesis.Verbosity.quiet,
     )
-    play = hypothesis.seed(seed)(settings(hypothesis.given(endpoint.cases)(case)))
+    # In this order: a seed takes the database away.
+    play = settings(hypothesis.seed(seed)(hypothesis.given(endpoint.cases)(case)))
     try:
         play()
     except KeyboardInterrupt:

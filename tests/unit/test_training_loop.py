@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stylemaster_core.data.images import read_image
 from stylemaster_core.data.videos import read_video
@@ -29,7 +31,7 @@ from stylemaster_core.training.loop import NonFiniteError, train
 from stylemaster_core.training.motion_adapter import create_motion_trainer
 from stylemaster_core.training.optimizer import create_optimizer, learning_rate
 from stylemaster_core.training.previews import References, write_preview
-from stylemaster_core.training.run_lock import lock_run
+from stylemaster_core.training.run_lock import is_running, lock_run
 from stylemaster_core.training.samples import (
     BatchPlan,
     MemoryDataset,
@@ -286,14 +288,19 @@ t.train(t.style_trainer(config), t.WORLD.dataset(12), sys.argv[1], resume=True)
 """
 
 
-def run_child(code, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ROOT = Path(__file__).parents[2]
+
+
+def child_environment():
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return os.environ | environment
+
+
+def run_child(code, *arguments, **options):
     tests = os.path.dirname(__file__)
-    root = os.path.dirname(os.path.dirname(tests))
-    environment["PYTHONPATH"] = root
     return subprocess.Popen(
         [sys.executable, "-c", code.format(tests=tests), *map(str, arguments)],
-        env=environment, cwd=root, stderr=subprocess.PIPE, text=True,
+        env=child_environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
 
 
@@ -330,6 +337,109 @@ def test_sigkill_leaves_whole_files_and_loses_at_most_the_last_step(tmp_path):
 def _last_step(folder):
     latest = folder / "checkpoints" / "latest"
     return int(latest.read_text().strip()[5:]) if latest.is_file() else 0
+
+
+def wait_for_steps(folder, count, child):
+    deadline = time.monotonic() + 90
+    while len(read_stats(folder)) < count:
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.01)
+
+
+def test_sigterm_to_the_whole_group_leaves_a_checkpoint(tmp_path):
+    """As `timeout`, scancel and systemd send it: to the processes that read samples, too."""
+    code = CHILD.replace("save_every=1,", "save_every=100000, num_workers=2,")
+    child = run_child(code, tmp_path, start_new_session=True)
+    wait_for_steps(tmp_path, 3, child)
+    os.killpg(child.pid, signal.SIGTERM)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 0 and "Traceback" not in said, said
+    latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoints.read_checkpoint(latest).step == read_stats(tmp_path)[-1]["step"] >= 3
+
+
+def test_a_killed_reader_of_samples_is_named_and_the_steps_are_kept(tmp_path):
+    code = CHILD.replace("save_every=1,", "save_every=100000, num_workers=1,")
+    code += "\nprint('not reached', file=sys.stderr)\n"
+    child = run_child(code, tmp_path)
+    wait_for_steps(tmp_path, 3, child)
+    listed = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    os.kill(int(listed[0]), signal.SIGKILL)
+    said = child.communicate(timeout=60)[1]
+    assert "WorkerLostError" in said and "run.num_workers" in said and "not reached" not in said
+    latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoints.read_checkpoint(latest).step == read_stats(tmp_path)[-1]["step"] >= 3
+
+
+def test_training_ends_with_the_process_that_started_it(tmp_path):
+    """A killed ComfyUI tells nobody anything; the pipe to its child closes."""
+    watching = "from stylemaster_core.cli.stop_with_stdin import stop_with_stdin as s\ns()\n"
+    code = (watching + CHILD).replace("save_every=1,", "save_every=100000,")
+    tests = os.path.dirname(__file__)
+    parent = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import subprocess, sys, time\n"
+            "c = subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]], "
+            "stdin=subprocess.PIPE, start_new_session=True)\nprint(c.pid, flush=True)\n"
+            "time.sleep(600)",
+            code.format(tests=tests), str(tmp_path),
+        ],
+        env=child_environment(), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    child = int(parent.stdout.readline())
+    wait_for_steps(tmp_path, 3, parent)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 60
+    while is_running(tmp_path):
+        assert time.monotonic() < deadline, os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+    latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoints.read_checkpoint(latest).step == read_stats(tmp_path)[-1]["step"] >= 3
+
+
+def test_a_checkpoint_without_part_of_its_state_is_not_gone_on_from(tmp_path):
+    train(style_trainer(), WORLD.dataset(12), tmp_path / "run")
+    latest = checkpoints.latest_checkpoint(tmp_path / "run" / "checkpoints")
+    for name in ("optimizer", "weights", "average"):
+        file = latest / f"{name}.safetensors"
+        whole = file.read_bytes()
+        file.unlink()
+        with pytest.raises(WeightsError, match=f"{name}.safetensors is missing"):
+            checkpoints.read_checkpoint(latest)
+        save_file({}, file)
+        with pytest.raises(WeightsError, match="bytes were written"):
+            checkpoints.read_checkpoint(latest)
+        file.write_bytes(whole)
+    # Those of earlier versions did not say what belongs to them.
+    state = json.loads((latest / "state.json").read_text())
+    del state["files"]
+    (latest / "state.json").write_text(json.dumps(state))
+    assert checkpoints.read_checkpoint(latest).step == 6
+    optimizer, average = latest / "optimizer.safetensors", latest / "average.safetensors"
+    average.rename(tmp_path / "kept")
+    with pytest.raises(WeightsError, match="no moving average"):
+        train(style_trainer(), WORLD.dataset(12), tmp_path / "run", resume=True)
+    (tmp_path / "kept").rename(average)
+    save_file({}, optimizer)
+    with pytest.raises(WeightsError, match="no state of the optimiser"):
+        checkpoints.read_checkpoint(latest)
+
+
+def test_a_checkpoint_with_nan_names_its_file(tmp_path):
+    train(style_trainer(), WORLD.dataset(12), tmp_path)
+    latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
+    file = latest / "weights.safetensors"
+    weights = read_state_dict(file).tensors
+    key = next(iter(weights))
+    save_file({k: v.fill_(float("nan")) if k == key else v for k, v in weights.items()}, file)
+    state = json.loads((latest / "state.json").read_text())
+    state["files"]["weights.safetensors"] = file.stat().st_size
+    (latest / "state.json").write_text(json.dumps(state))
+    with pytest.raises(WeightsError, match=r"weights\.safetensors: 1 weights"):
+        train(style_trainer(), WORLD.dataset(12), tmp_path, resume=True)
 
 
 def test_sigterm_ends_with_a_checkpoint(tmp_path):

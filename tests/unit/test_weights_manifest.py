@@ -75,7 +75,7 @@ def test_a_missing_manifest_says_what_to_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["{", '{"files": [{"id": "x"}]}', "[]"])
 def test_a_broken_manifest_is_an_error(tmp_path, text):
     (tmp_path / "m.json").write_text(text)
-    with pytest.raises(WeightsError, match="not a list of weight files"):
+    with pytest.raises(WeightsError, match="be read as a list of weight files"):
         load_manifest(tmp_path / "m.json")
 
 
