@@ -84,7 +84,10 @@ def refuse_outside(paths: Iterable[Path], folders: Sequence[Path]) -> None:
     """
     roots = [Path(os.path.realpath(folder)) for folder in folders]
     for path in paths:
-        real = Path(os.path.realpath(path))
+        try:
+            real = Path(os.path.realpath(path))
+        except (OSError, ValueError) as error:  # a null byte, half a character, a loop of links
+            raise ConfigError(f"{str(path)!r} cannot be the name of a file ({error})") from error
         if not any(root == real or root in real.parents for root in roots):
             raise ConfigError(
                 f"{path} is not in {' or '.join(map(str, roots))}, where it has to be"

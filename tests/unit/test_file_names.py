@@ -94,6 +94,10 @@ def test_tables_and_captions_of_a_workflow_stay_inside(folder, private, tmp_path
     (folder / "a.png").write_bytes(private.read_bytes())
     (folder / "a.txt").write_text("a cat")
     table = folder / "t.jsonl"
+    for name in ("a\0.png", "a\ud800.png"):
+        table.write_text(json.dumps({"file": name, "caption": "c"}) + "\n")
+        with pytest.raises(ConfigError, match="cannot be the name"):
+            read_samples(table, within=[folder])
     for row in (
         {"file": str(private), "caption": "c"},
         {"file": "a.png", "caption": "c", "style": "../private.png"},
