@@ -184,6 +184,8 @@ def cases():
 class BadComfy(FakeComfy):
     """The server of a case."""
 
+    silence_s = 0.5
+
     def __init__(self, case, **options):
         self.endpoint, _, self.kind = case.partition("/")
         super().__init__(**options)

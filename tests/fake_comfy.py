@@ -19,6 +19,7 @@ class FakeComfy:
     """A ComfyUI on loopback; its prompts take `job_s` seconds, one after the other."""
 
     fields = {}  # of every answer
+    silence_s = 20.0  # how long a client should wait for an answer
 
     def __init__(self, job_s=0.0):
         self.job_s = job_s

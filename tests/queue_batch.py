@@ -27,12 +27,21 @@ MAX_RESULT_BYTES = 1 << 22
 SLOW_S = 0.5  # in place of 30 s
 
 
-def run(folder, urls, texts, *, timeout_s=0.4, **config):
-    """Run jobs with these prompts and the style of `folder`; return their results."""
+def run(folder, servers, texts, *, timeout_s=0.4, **config):
+    """Run jobs with these prompts and the style of `folder`; return their results.
+
+    Args:
+        folder: has "style.png", gets "out".
+        servers: (address, how long it may be silent) of each. A good one has more time, as a busy
+            machine must not make it look dead.
+        texts: the prompts.
+        timeout_s: of the batch.
+        config: more of `RunConfig`.
+    """
     config = RunConfig(timeout_s=timeout_s, **({"poll_s": 0.02, "give_up_s": 30.0} | config))
     style = folder / "style.png"
     jobs = make_jobs(WORKFLOW, [Row(prompt=text, style=style) for text in texts])
-    clients = [ComfyClient(url, timeout_s, MAX_RESULT_BYTES) for url in urls]
+    clients = [ComfyClient(url, silence_s, MAX_RESULT_BYTES) for url, silence_s in servers]
     out = folder / "out"
     with closing(Journal(out)) as journal:
         return list(run_jobs(jobs, clients, journal, out, config))
@@ -53,8 +62,8 @@ def run_batch(folder, fakes, texts, *, deadline_s=60.0, **options):
     (folder / "style.png").write_bytes(b"style")
     pool = ThreadPoolExecutor(1)
     try:
-        urls = [fake.url for fake in fakes]
-        results = pool.submit(run, folder, urls, texts, **options).result(deadline_s)
+        servers = [(fake.url, fake.silence_s) for fake in fakes]
+        results = pool.submit(run, folder, servers, texts, **options).result(deadline_s)
     finally:
         pool.shutdown(wait=False)
     return results, files_in(folder)
@@ -86,7 +95,8 @@ class Batches:
             "peak_bytes" of memory.
         """
         (folder / "style.png").write_bytes(b"style")
-        order = {"folder": str(folder), "urls": [fake.url for fake in fakes], "texts": texts}
+        servers = [(fake.url, fake.silence_s) for fake in fakes]
+        order = {"folder": str(folder), "servers": servers, "texts": texts}
         self._process.stdin.write(json.dumps(order | {"options": options}) + "\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
@@ -114,7 +124,7 @@ def _be_child(order):
     said.unlink(missing_ok=True)
     report = {"statuses": [], "errors": [], "error": None}
     try:
-        results = run(folder, order["urls"], order["texts"], **order["options"])
+        results = run(folder, order["servers"], order["texts"], **order["options"])
         report["statuses"] = [result.status for result in results]
         report["errors"] = [result.error for result in results]
     except BaseException:  # noqa: BLE001

@@ -221,8 +221,7 @@ class Server:
         except ServerBusy as error:
             await self._rest_from(job, error)
         except ServerTrouble as error:
-            self._board.give_back(job, self, str(error), is_blamed=True)
-            error.has_blamed = True
+            self._refuse(job, error)
             raise
         else:
             await self._submit(job, job.prompt(self._uploaded))
@@ -243,10 +242,7 @@ class Server:
             await self._rest_from(job, error)
         except ServerSick as error:
             await self._drop(held)
-            # As long as the server has done nothing well, it need not be this job.
-            is_blamed = self.delivered > 0
-            self._board.give_back(job, self, str(error), is_blamed=is_blamed, is_last=True)
-            error.has_blamed = True
+            self._refuse(job, error)
             raise
         except ServerSilent:
             self._look_at = 0.0
@@ -254,6 +250,13 @@ class Server:
         else:
             if got != prompt_id and self._held.pop(prompt_id, None) is not None:
                 self._hold(job, got, prompt)
+
+    def _refuse(self, job: Job, error: ServerTrouble) -> None:
+        """Give a job back that the server did not even take."""
+        # Sick answers of a server that has done nothing well yet need not be about this job.
+        is_blamed = self.delivered > 0 or not isinstance(error, ServerSick)
+        self._board.give_back(job, self, str(error), is_blamed=is_blamed, is_last=True)
+        error.has_blamed = True
 
     def _hold(self, job: Job, prompt_id: str, prompt: Mapping[str, Any]) -> _Held:
         self._board.journal.write("submitted", job.id, server=self.url, prompt_id=prompt_id)

@@ -234,7 +234,7 @@ def test_a_job_that_kills_servers_is_given_up(fakes, batch, capsys):
 def test_a_server_that_always_breaks_off_its_results_is_lost(fakes, batch):
     one, two = fakes(job_s=0.1), fakes()
     two.drop = {"GET /view": 1_000_000}
-    assert batch(one, two, options=["--timeout", "0.1"]) == 0
+    assert batch(one, two, options=["--timeout", "1"]) == 0
     assert results(batch) == expected(*"abc")
     assert sorted(one.finished) == list("abc")
 
