@@ -86,6 +86,20 @@ def publish(part: Path, path: Path, *, overwrite: bool) -> None:
         ) from error
 
 
+def publish_all(part: Path, folder: Path, *, overwrite: bool) -> None:
+    """Move the finished files of a folder into another one, which is made if it is missing.
+
+    Raises:
+        ConfigError: if one exists and `overwrite` is false; those before it are in their place.
+        DiskError: if the disk does not take one.
+    """
+    with disk_errors(folder, part):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(part.iterdir()):
+        with disk_errors(folder / path.name, path):
+            publish(path, folder / path.name, overwrite=overwrite)
+
+
 def move_new(part: Path, path: Path) -> None:
     """Move a file to a name that must be free; of several processes, one succeeds.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from stylemaster_core.pipelines.models import Models
 from stylemaster_core.pipelines.pictures import contact_sheet
 from stylemaster_core.pipelines.stylize import StylizeConfig
 from stylemaster_core.pipelines.tiny import FOLDER, SETTINGS, tiny_files
+from stylemaster_core.writing import publish_all
 
 from . import gates
 from .gates import Gate, Studio
@@ -215,9 +215,7 @@ def _report(args: argparse.Namespace) -> int:
         write_json(part / "gates.json", to_json(found, summary, settings | SETTINGS))
         report = to_markdown(found, summary, settings | SETTINGS)
         (part / "gates.md").write_text(report, encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for path in sorted(part.iterdir()):
-            os.replace(path, out / path.name)
+        publish_all(part, out, overwrite=args.overwrite)
     missed = sum(not gate.passed or bool(gate.leaks) for gate in found)
     verdict = f"{missed} of {len(found)} gates are not passed" if missed else "all gates are passed"
     sys.stdout.write(f"\n{verdict}; wrote {out / 'gates.md'}, gates.json and sheet.png\n")

@@ -6,7 +6,6 @@ The report holds a contact sheet of the user's own pictures; nothing of them lea
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from stylemaster_core.pipelines.models import Models
 from stylemaster_core.pipelines.pictures import contact_sheet
 from stylemaster_core.pipelines.stylize import StylizeConfig
 from stylemaster_core.pipelines.tiny import FOLDER, SETTINGS, SIDE_PX, tiny_files
+from stylemaster_core.writing import publish_all
 
 from . import judges, real_gates
 from .gates import Gate
@@ -228,9 +228,7 @@ def _report(args: argparse.Namespace) -> int:
         (part / "gates.md").write_text(
             to_markdown(found, summary, settings | SETTINGS), encoding="utf-8"
         )
-        out.mkdir(exist_ok=True)
-        for path in sorted(part.iterdir()):
-            os.replace(path, out / path.name)
+        publish_all(part, out, overwrite=args.overwrite)
     missed = sum(not gate.passed or bool(gate.leaks) for gate in found)
     verdict = f"{missed} of {len(found)} gates are not passed" if missed else "all gates are passed"
     sys.stdout.write(f"\n{verdict}; wrote {out / 'gates.md'}, gates.json and sheet.png\n")

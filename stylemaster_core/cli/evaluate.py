@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from ..metrics.markdown import to_json, to_markdown
     from ..metrics.report import evaluate
     from ..pipelines.pictures import contact_sheet
-    from ..writing import check_folder
+    from ..writing import check_folder, publish_all
 
     if args.gates:
         return run_gates(args)
@@ -119,9 +118,7 @@ def run(args: argparse.Namespace) -> int:
         content = to_json(report, pictures)
         write_json(part / "report.json", content)
         (part / "report.md").write_text(to_markdown(report, pictures), encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for path in sorted(part.iterdir()):
-            os.replace(path, out / path.name)
+        publish_all(part, out, overwrite=args.overwrite)
     if args.json:
         sys.stdout.write(json.dumps({"out": str(out), "summary": content["summary"]}) + "\n")
         return 0

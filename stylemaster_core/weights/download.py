@@ -11,12 +11,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import WeightsError
-from ..writing import publish, write_text
+from ..writing import disk_errors, publish, write_text
 from .files import Progress, sha256_of
 from .manifest import WeightEntry
 
@@ -326,15 +328,31 @@ def _fetch_once(
         if not resumed:
             offset = 0
         total = size if size is not None else offset + int(length) if length else None
-        with part.open("ab" if resumed else "wb") as file:
+        with _open_part(part, resumed) as write:
             while chunk := response.read(_CHUNK_BYTES):
-                file.write(chunk)
+                write(chunk)
                 offset += len(chunk)
                 if progress is not None:
                     progress(offset, total)
                 if total is not None and offset > total:
                     break
     return total
+
+
+@contextmanager
+def _open_part(part: Path, resumed: bool) -> Iterator[Callable[[bytes], None]]:
+    """Give what writes to a part file; a disk's errors are not taken for the network's."""
+    with disk_errors(part):
+        file = part.open("ab" if resumed else "wb", buffering=0)
+
+    def write(chunk: bytes) -> None:
+        with disk_errors(part):
+            left = memoryview(chunk)
+            while left:
+                left = left[file.write(left) :]
+
+    with file:
+        yield write
 
 
 def _range_start(headers: Any) -> int | None:

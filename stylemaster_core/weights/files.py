@@ -168,13 +168,15 @@ def write_state_dict(
             )
     try:
         with written_beside(path, overwrite=overwrite) as part:
-            save_file(_storable(tensors), str(part), metadata=dict(metadata or {}))
+            try:
+                save_file(_storable(tensors), str(part), metadata=dict(metadata or {}))
+            except SafetensorError as error:  # a full disk is one of them
+                raise DiskError(
+                    f"{path} cannot be written: {error}; check free space and permissions of "
+                    f"{path.parent}"
+                ) from error
     except (ConfigError, DiskError) as error:
         raise WeightsError(str(error)) from error
-    except SafetensorError as error:  # a full disk is one of them
-        raise WeightsError(
-            f"{path} cannot be written: {error}; check free space and permissions of {path.parent}"
-        ) from error
     return path
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from stylemaster_core.cli import weights as cli
-from stylemaster_core.errors import ConfigError, WeightsError
+from stylemaster_core.errors import ConfigError, DiskError, WeightsError
 from stylemaster_core.weights import manifest
 from stylemaster_core.weights.download import download, noted_sha256, published_facts
 from stylemaster_core.weights.manifest import load_manifest
@@ -332,6 +332,23 @@ def command(tmp_path, hub, entry, monkeypatch, capsys):
         return code, capsys.readouterr().out
 
     return call
+
+
+def test_a_full_disk_is_not_taken_for_the_network(command, tmp_path, hub):
+    resource = pytest.importorskip("resource", reason="Windows limits no file sizes")
+    where = ("--models-dir", tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(DATA) // 2, before[1]))
+    try:
+        with pytest.raises(DiskError, match=r"\.part cannot be written: File too large"):
+            command("download", "main", *where, "--endpoint", hub.url)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len([path for kind, path, _ in hub.requests if kind == "GET" and "cdn" in path]) == 1
+    (part,) = (tmp_path / "vae").glob("*.part")
+    assert part.read_bytes() == DATA[: len(DATA) // 2], "what came is kept"
+    assert command("download", "main", *where, "--endpoint", hub.url)[0] == 0
+    assert [path for kind, _, path in hub.requests][-1] == f"bytes={len(DATA) // 2}-"
 
 
 def test_cli_download_verify_list(command, tmp_path, hub):

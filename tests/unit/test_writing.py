@@ -21,6 +21,7 @@ from stylemaster_core.writing import (
     check_place,
     check_space,
     publish,
+    publish_all,
     remove_leftovers,
     write_or_rescue,
     write_text,
@@ -60,10 +61,10 @@ WRITERS = {
 def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, small_disk, name):
     path = tmp_path / name
     path.write_text("precious")
-    with pytest.raises(
-        (DiskError, WeightsError), match=rf"{name} cannot be written: .*[Ff]ile too"
-    ):
+    said = rf"{name} cannot be written: .*[Ff]ile too"
+    with pytest.raises((DiskError, WeightsError), match=said) as caught:
         WRITERS[name](path)
+    assert isinstance(caught.value, DiskError) or isinstance(caught.value.__cause__, DiskError)
     assert path.read_text() == "precious"
     assert names(tmp_path) == [name]
 
@@ -99,6 +100,21 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, links):
     write_text(tmp_path / "new.txt", "ours")
     assert (tmp_path / "new.txt").read_text() == "ours"
     assert names(tmp_path) == ["new.txt", "out.txt"]
+
+
+def test_files_of_a_folder_are_moved_over_nothing(tmp_path):
+    part, out = tmp_path / "part", tmp_path / "new" / "out"
+    part.mkdir()
+    for name in ("a", "b"):
+        (part / name).write_text("ours")
+    publish_all(part, out, overwrite=False)
+    assert names(out) == ["a", "b"] and names(part) == []
+    (part / "a").write_text("ours, later")
+    with pytest.raises(ConfigError, match="left as it is"):
+        publish_all(part, out, overwrite=False)
+    assert (out / "a").read_text() == "ours"
+    publish_all(part, out, overwrite=True)
+    assert (out / "a").read_text() == "ours, later"
 
 
 def test_a_link_to_nowhere_is_no_free_name(tmp_path):
