@@ -298,7 +298,7 @@ class Recipe:
             warmup_steps=min(100, self.profile.joint_steps // 10),
             control=ControlConfig(style="train", drop_control=0.2),
         )
-        conditions = {"contrastive": self._contrastive(), "null_text": null_text()}
+        conditions: dict[str, Any] = {"contrastive": self._contrastive(), "null_text": null_text()}
         if self.start is not None:
             trainer = continue_joint_trainer(config, _features(data), self.start, **conditions)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_the_teacher_works_once(real):
 
 def test_a_limit_keeps_what_was_done(places, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "Teacher", FakeTeacher)
-    options = {"num_pairs": 1, "num_vectors": 2, "num_clips": {}}
+    options: dict[str, Any] = {"num_pairs": 1, "num_vectors": 2, "num_clips": {}}
     data = RealData(tmp_path, places / "art", places / "photos", **options, limit=TimeLimit(0))
     with pytest.raises(TimeOver):
         data.prepare()
@@ -152,7 +153,7 @@ def test_clips_of_the_vae_move_and_some_are_cut(real):
 def test_the_encoder_learns_the_teachers_numbers(real, tmp_path):
     pool = draw_pool(0, num_styles=8, pictures=2, contents=4, progress=False)
     config = EncoderConfig(batch_styles=8, patches=24, batch_paintings=8, warmup_steps=5)
-    options = {"seed": 1, "pool": pool, "config": config, "progress": False}
+    options: dict[str, Any] = {"seed": 1, "pool": pool, "config": config, "progress": False}
     first = train_encoder(tmp_path / "a", steps=1, paintings=real.paintings, **options)
     losses = train_encoder(tmp_path / "b", steps=16, paintings=real.paintings, **options)
     assert losses[0] == first[0] and np.mean(losses[-4:]) < 0.9 * losses[0]
@@ -175,7 +176,7 @@ def test_crops_of_the_encoder_are_of_known_paintings(real):
 
 
 def test_stages_of_real_pictures_come_first(places, tmp_path):
-    options = {"seed": 0, "minutes": None}
+    options: dict[str, Any] = {"seed": 0, "minutes": None}
     plain = recipe.Recipe(tmp_path, PROFILES["smoke"], **options)
     assert "real" not in plain.stages()
     with_real = recipe.Recipe(
@@ -218,7 +219,7 @@ def test_training_goes_on_from_weights_that_exist(standin, tmp_path, monkeypatch
         style=recipe.StyleConfig(num_layers=2),
     )
     trainer = continue_joint_trainer(
-        config, features, made.start, contrastive=weights, null_text=recipe.null_text()
+        config, features, standin, contrastive=weights, null_text=recipe.null_text()
     )
     written = {file.name: file.tensors for file in trainer.outputs()}
     for name in ("transformer", "controlnet", "style_adapter"):
