@@ -104,7 +104,7 @@ def core(golden) -> dict[float, Tensor]:
             text_scale=15.0,
             style_scale=7.5,
             eta=eta,
-            generator=torch.Generator().manual_seed(2),  # ComfyUI adds 1 to the seed on a CPU
+            generator=torch.Generator().manual_seed(2),  # as the script's
             callback=lambda step, denoised, eta=eta: seen.update({eta: denoised}),
         )
     return seen

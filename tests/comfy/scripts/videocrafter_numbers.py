@@ -120,10 +120,12 @@ start = vc.frames * (1 + 1 / sigmas[0] ** 2) ** 0.5
 
 
 def guided(given: Any, text: float = 16.0, style: float = 8.5, name: str = "euler") -> Tensor:
+    drawn = torch.Generator().manual_seed(2)  # versions of ComfyUI seed their own differently
+    noise = {"noise_sampler": lambda *_: torch.randn(start.shape, generator=drawn)}
     guider = wan.pack("nodes.guider").StyleGuider(given[0])
     guider.set_conds(*given[1:])
     guider.set_cfg(text, style)
-    sampler = comfy.samplers.ksampler(name)
+    sampler = comfy.samplers.ksampler(name, noise if "ancestral" in name else {})
     return plain.model.process_latent_in(wan.run_guider(guider, start, sampler, sigmas))
 
 
