@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from .images import read_image
 from .media_files import IMAGE_ENDINGS, media_files
 from .picture_pixels import open_picture, to_rgb, to_rgba
 from .timing import IMAGES_FPS, UNTIMED_FPS, TimedFrame, Timing, timing_of
+
+logger = logging.getLogger("stylemaster")
 
 _ANIMATED = frozenset({"GIF", "PNG", "WEBP", "AVIF", "TIFF"})
 # GIF counts in hundredths of a second, which is too coarse for most rates.
@@ -51,6 +54,8 @@ def image_timing(path: Path) -> tuple[int, Timing]:
         count = _num_frames(image)
         if count == 1:
             return 1, Timing(IMAGES_FPS)
+        if image.format == "GIF" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
+            logger.warning("%s does not end as GIFs do; the file may be cut short", path)
         starts_s, end_s = [], 0.0
         for duration_s in (_duration_s(image, index) for index in range(count)):
             starts_s.append(end_s)

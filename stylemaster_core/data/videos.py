@@ -15,6 +15,7 @@ from ..errors import ConfigError, LayoutError
 from .animations import IMAGE_ENDINGS, image_frames, image_timing, is_images
 from .containers import VideoFacts, container_facts, decode_frames, existing
 from .frame_pixels import FrameConverter
+from .memory import check_frames_fit
 from .picture_sequences import check_numbered, is_numbered
 from .timecode import tags_at
 from .timing import (
@@ -207,7 +208,7 @@ def read_video(
         gap_s, length_s = usual_gap_s(facts.timing), _length_s(facts)
         source = at_rate(source, rate, gap_s=gap_s, duration_s=length_s)
     stop = None if max_frames is None else start_frame + max_frames
-    frames, starts_s, last_s = _gather(islice(source, stop), start_frame, wanted)
+    frames, starts_s, last_s = _gather(path, islice(source, stop), start_frame, wanted)
     if frames is None:
         raise _no_frame(path, start_frame)
     _warn_if_cut(path, facts, wanted, len(frames), whole=max_frames is None)
@@ -274,7 +275,7 @@ def _timing(
 
 
 def _gather(
-    source: Iterator[TimedFrame], start_frame: int, wanted: int
+    path: Path, source: Iterator[TimedFrame], start_frame: int, wanted: int
 ) -> tuple[np.ndarray | None, list[float], float | None]:
     """Collect the frames from `start_frame` on in an array that is made once.
 
@@ -289,6 +290,7 @@ def _gather(
         if len(starts_s) <= start_frame:
             continue
         if frames is None:
+            check_frames_fit(path, max(wanted, 1), frame.pixels.shape)
             frames = np.empty((max(wanted, 1), *frame.pixels.shape), np.uint8)
         elif count == len(frames):
             # In place: the container counted too few.

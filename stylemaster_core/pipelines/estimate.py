@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from ..data.memory import free_main_memory
 from ..errors import ConfigError
 from ..layouts import fit_size, padded_num_frames
 
@@ -50,20 +50,6 @@ def estimate_needs(
     per_px = VIDEO_BYTES_PER_PX if video else PICTURE_BYTES_PER_PX
     disk = round(per_px * math.prod(result))
     return Needs(frames, decoded, disk) if gpu else Needs(frames + decoded, 0, disk)
-
-
-def free_main_memory() -> int:
-    """Bytes of main memory that a new program can have, within a container's limit."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
 
 
 def check_memory(
