@@ -264,7 +264,7 @@ def models(converted):
     return load_videocrafter(*converted[:3], temporal=converted[4])
 
 
-CONFIG = VideoCrafterConfig(prompt="a cat", size=(32, 48), num_frames=3, num_steps=2)
+CONFIG = VideoCrafterConfig(prompt="a cat", size=(16, 32), num_frames=3, num_steps=2)
 
 
 def generate(models, converted, style, **changes):
@@ -281,7 +281,7 @@ def region(seed=0, **options):
 def test_a_video_is_repeated_by_its_seed_and_follows_its_style(models, converted):
     plain = generate(models, converted, [])
     styled = generate(models, converted, [region()])
-    assert styled.shape == (3, 32, 48, 3) and styled.dtype == np.uint8
+    assert styled.shape == (3, 16, 32, 3) and styled.dtype == np.uint8
     assert np.array_equal(styled, generate(models, converted, [region()]))
     assert not np.array_equal(styled, plain)
     assert np.array_equal(generate(models, converted, [region(scale=0.0)], style_scale=0.0),
@@ -338,14 +338,14 @@ def run(tmp_path, capsys, output, *options):
     style = tmp_path / "style.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(style)
     command = ["stylize-videocrafter", str(tmp_path / output), "--style", str(style)]
-    command += ["--model", "small-random", "--size", "32x32", "--steps", "1", "--json", *options]
+    command += ["--size", "32x16", "--steps", "1", "--json", *options]
     return main(command), capsys.readouterr()
 
 
 def test_the_command_writes_a_video(tmp_path, capsys, caplog):
-    code, said = run(tmp_path, capsys, "out.mp4", "--frames", "3")
+    code, said = run(tmp_path, capsys, "out.mp4", "--frames", "3", "--model", "small-random")
     assert code == 0 and json.loads(said.out)["frames"] == 3
-    assert read_video(tmp_path / "out.mp4").frames.shape == (3, 32, 32, 3)
+    assert read_video(tmp_path / "out.mp4").frames.shape == (3, 16, 32, 3)
     notes = [record.message for record in caplog.records if "non-commercial" in record.message]
     assert len(notes) == 2  # of the adapter and of the UNet
     code, said = run(tmp_path, capsys, "out.mp4")
@@ -354,6 +354,13 @@ def test_the_command_writes_a_video(tmp_path, capsys, caplog):
     assert code == 2 and "16 frames are written as" in said.err
 
 
-def test_the_command_writes_a_picture(tmp_path, capsys):
-    code, _ = run(tmp_path, capsys, "out.png", "--frames", "1")
-    assert code == 0 and Image.open(tmp_path / "out.png").size == (32, 32)
+def test_the_command_writes_a_picture_with_files_of_ones_own(
+    small, converted, models, tmp_path, capsys
+):
+    names = ("--unet", "--vae", "--text-encoder", "--adapter", "--temporal")
+    files = [str(word) for pair in zip(names, converted, strict=True) for word in pair]
+    files += ["--image-encoder", str(small.image_encoder)]
+    code, said = run(tmp_path, capsys, "out.png", "--frames", "1", *files)
+    assert code == 0 and Image.open(tmp_path / "out.png").size == (32, 16), said.err
+    code, said = run(tmp_path, capsys, "more.png", "--frames", "1", *files[2:])
+    assert code == 2 and "give --unet" in said.err
