@@ -217,9 +217,16 @@ def check_space(path: Path, needed: int, what: str, advice: str) -> None:
         free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskError(
-            f"{what} takes about {needed / 1e9:.2f} GB, and the disk of {folder} has "
-            f"{free / 1e9:.2f} GB free; {advice}"
+            f"{what} takes about {_in_words(needed)}, and the disk of {folder} has "
+            f"{_in_words(free)} free; {advice}"
         )
+
+
+def _in_words(size: int) -> str:
+    unit, name = next(
+        u for u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= u[0] or u[0] < 1e4
+    )
+    return f"{size / unit:.1f} {name}"
 
 
 def _check_name(path: Path, overwrite: bool) -> None:

@@ -177,8 +177,13 @@ def test_a_folder_without_the_right_to_write_is_refused(tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path):
     check_space(tmp_path / "new" / "out.mp4", 1000, "the result", "shorten it")
-    with pytest.raises(DiskError, match=r"the result takes about 1000000000.00 GB.*; shorten it"):
+    with pytest.raises(DiskError, match=r"the result takes about 1000000000.0 GB.*; shorten it"):
         check_space(tmp_path / "new" / "out.mp4", 10**18, "the result", "shorten it")
+    assert [writing._in_words(n) for n in (10, 2_500_000, 10**10)] == [
+        "0.0 kB",
+        "2.5 MB",
+        "10.0 GB",
+    ]
 
 
 def test_a_result_that_its_place_does_not_take_is_kept_elsewhere(tmp_path, monkeypatch):
