@@ -196,10 +196,6 @@ FORMATS: dict[str, Format] = {
     ),
     "header .safetensors": Format(_weights, read_keys),
     "style .safetensors": Format(_style, load_style, checked=True),
-    "transformer": Format(_transformer, _borrowed("transformer"), checked=True),
-    "VAE": Format(_copied("vae"), load_vae),
-    "motion adapter": Format(_copied("motion_adapter"), read_state_dict),
-    "image encoder folder": Format(_copied("image_encoder"), load_image_encoder),
     "text encoder .json": Format(_text("words.json", WORDS), load_text_encoder),
     "weights manifest": Format(_text("m.json", MANIFEST_PATH.read_text("utf-8")), load_manifest),
     "cache": Format(_cache, _read_cache),
@@ -215,6 +211,11 @@ FORMATS: dict[str, Format] = {
     "picture .png": Format(_picture("p.png"), read_image, BYTES),
     "picture .jpg": Format(_picture("p.jpg"), read_image, BYTES),
     "picture .webp": Format(_picture("p.webp"), read_image, BYTES),
+    # What takes longest, last: a short run ends before it.
+    "transformer": Format(_transformer, _borrowed("transformer"), checked=True),
+    "VAE": Format(_copied("vae"), load_vae),
+    "motion adapter": Format(_copied("motion_adapter"), read_state_dict),
+    "image encoder folder": Format(_copied("image_encoder"), load_image_encoder),
 }
 
 # All that open what may be a pickle.
