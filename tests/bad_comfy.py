@@ -116,6 +116,10 @@ ENDLESS = {
 }
 
 
+# Any bytes are a good result, where the rest of the answer is in order.
+_GOOD_RESULTS = {*BODIES, "version-9", "cookie"}
+
+
 def _frame(opcode, payload, *, size=None, final=True, reserved=0):
     size = len(payload) if size is None else size
     head = bytes([(0x80 if final else 0) | reserved | opcode])
@@ -172,9 +176,10 @@ def cases():
         f"{endpoint}/{kind}"
         for endpoint in ENDPOINTS
         for kind in (*BODIES, *STATUSES, *RAW, *ENDLESS)
-        if not (endpoint == "view" and kind in BODIES)  # any bytes are a good result
+        if not (endpoint == "view" and kind in _GOOD_RESULTS)
     ]
     names += [f"{endpoint}/field-{n}" for endpoint in ENDPOINTS[:-1] for n in range(24)]
+    names += ["upload/renames"]
     names += [f"socket/{kind}" for kind in (*SOCKET, "no-accept", "200", "500")]
     names += [f"job/{kind}" for kind in ("fails", "no-files", "refused", "not-ours", "never-ends")]
     names += [f"job/{kind}" for kind in ("forgets", "names", "interrupts", "swaps-ids")]
@@ -224,6 +229,9 @@ class BadComfy(FakeComfy):
             request.wfile.write(RAW[self.kind])
         elif self.kind in ENDLESS:
             self._go_on(request, *ENDLESS[self.kind])
+        elif self.kind == "renames":
+            answer = {"name": "another.png", "subfolder": "stylemaster_queue", "type": "input"}
+            self._send(request, 200, {}, json.dumps(answer).encode())
         else:
             good = json.dumps(self._good(request)).encode()
             self._send(request, 200, {}, _damaged(good, int(self.kind.rpartition("-")[2])))

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 _MAX_WORDS = 400
 _MAX_LINES = 20
-_COUNTER = re.compile(r" \(\d+\)(?=\.\w+$)")  # what a server adds to a name that it has already
+_COUNTER = re.compile(r" \(\d+\)(?=(\.\w+)?$)")  # what a server adds to a name that it has already
 
 
 class AnswerError(ValueError):
@@ -45,6 +45,18 @@ class Upload(msgspec.Struct):
 
     name: str
     subfolder: str | None = None
+
+    def path(self, name: str, subfolder: str) -> str:
+        """Return what the server calls the file, which must be what it was asked for.
+
+        The server picks another name, with a number, where a different file has ours.
+
+        Raises:
+            AnswerError: if it speaks of another file.
+        """
+        if _COUNTER.sub("", self.name) != name or (self.subfolder or "") != subfolder:
+            raise AnswerError(f"{plain(self.name, 80)} in place of {name}")
+        return f"{subfolder}/{self.name}"
 
 
 class _Extra(msgspec.Struct):

@@ -210,8 +210,10 @@ class ComfyClient:
             },
             pace=pace,
         )
-        # The server picks another name where a different file has ours.
-        return "/".join(filter(None, (answer.subfolder, answer.name)))
+        try:
+            return answer.path(file.upload_name, UPLOAD_FOLDER)
+        except AnswerError as error:
+            raise ServerSick(f"{self.url} has uploaded another file: {error}") from error
 
     async def submit(self, prompt: Workflow, prompt_id: str) -> str:
         """Queue a prompt.
@@ -294,6 +296,8 @@ class ComfyClient:
                 raise ResultGone(f"{self.url} has a result no longer, or never had it")
             if response.status != 200:
                 raise self._refusal("/view", response, (await self._read(response)).body)
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise ServerSick(f"{self.url} compresses a result without being asked to")
             if (response.content_length or 0) > self._max_result_bytes:
                 raise RequestRejected(self._too_large(f"has {response.content_length} bytes"))
             pace.flows()
