@@ -24,7 +24,6 @@ _CONTAINERS = (
     "yuv4mpegpipe,h264,hevc,av1,obu,dv,gif,apng,wav,w64,mp3,aac,flac,aiff,caf,ac3,eac3"
 )
 _OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,10 @@ def video_stream(container: InputContainer, path: Path) -> Any:
     Raises:
         LayoutError: if there is none.
     """
+    from av.stream import Disposition
+
     for stream in container.streams.video:
-        if not int(stream.disposition) & _ATTACHED_PICTURE:
+        if Disposition.attached_pic not in stream.disposition:
             return stream
     raise LayoutError(f"{path} has no video stream; give a video")
 

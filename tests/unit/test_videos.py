@@ -1,11 +1,15 @@
+import enum
 import struct
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from stylemaster_core.data.containers import video_stream
 from stylemaster_core.data.videos import (
     VideoClip,
     as_fps,
@@ -341,3 +345,13 @@ def test_bad_arguments_are_refused(tmp_path):
         write_video(tmp_path / "video.mp4", frames, fps=16, audio_from=tmp_path / "no.mp4")
     assert list(tmp_path.iterdir()) == []
     assert as_fps(23.976023976) == Fraction(24000, 1001)
+
+
+@pytest.mark.parametrize("kind", [enum.Flag, enum.IntFlag])  # of older and newer PyAV
+def test_a_cover_picture_is_no_video(kind, monkeypatch):
+    disposition = kind("Disposition", {"default": 1, "attached_pic": 0x400})
+    monkeypatch.setattr("av.stream.Disposition", disposition)
+    flags = disposition.default | disposition.attached_pic, disposition.default
+    cover, film = (SimpleNamespace(disposition=flag) for flag in flags)
+    streams = SimpleNamespace(video=[cover, film])
+    assert video_stream(SimpleNamespace(streams=streams), Path("clip.mp4")) is film
