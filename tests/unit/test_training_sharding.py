@@ -43,17 +43,24 @@ num_processes: 2
 deepspeed_config: {zero_stage: 2}
 """
 # accelerate shards over accelerators alone; with `cpu` it falls back to plain data parallelism.
-# Two lines let it take the CPU for one, all else is its own.
+# Two lines let it take the CPU for one, all else is its own. To import everything takes longer than
+# to train, so that one launch does several runs, which share the process group.
 WORKER = """
 import sys
 import torch
-from accelerate.state import DistributedType, PartialState
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 torch.set_num_threads(1)
 PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 from tests.unit import test_training_sharding as t
-folder, name, precision, steps = sys.argv[1:]
-t.run(name, f"{folder}/{name}", precision, int(steps), batch_size=2, resume=True)
+folder, *runs = sys.argv[1:]
+destroy = PartialState.destroy_process_group
+for number, run in enumerate(runs, 1):
+    last = number == len(runs)
+    PartialState.destroy_process_group = destroy if last else lambda *args, **kwargs: None
+    name, precision, steps = run.split(",")
+    t.run(name, f"{folder}/{name}", precision, int(steps), batch_size=2, resume=True)
+    AcceleratorState._reset_state(True)
 """
 
 
@@ -70,7 +77,7 @@ def run(name, folder, precision, steps, batch_size, resume=False):
     optimizer = OptimizerConfig(lr=1e-3, clip_norm=0.5, warmup_steps=2)
     config = loop.with_run(
         dataclasses.replace(loop.CONFIG, trainer=name, control=control, optimizer=optimizer),
-        num_steps=steps, batch_size=batch_size, precision=precision,
+        num_steps=steps, batch_size=batch_size, precision=precision, save_every=2, validate_every=2,
     )  # fmt: skip
     if name == "style":
         trainer = loop.style_trainer(config)
@@ -82,12 +89,13 @@ def run(name, folder, precision, steps, batch_size, resume=False):
     return train(trainer, loop.WORLD.dataset(12), folder, resume=resume)
 
 
-def launch(folder, config, *arguments):
+def launch(folder, config, *runs):
+    """Trainers in a precision to a step, such as "style,float32,4", one after the other."""
     (folder / "accelerate.yaml").write_text(config)
     (folder / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
                folder / "accelerate.yaml", folder / "worker.py", folder / "two",
-               *arguments]  # fmt: skip
+               *runs]  # fmt: skip
     root = Path(__file__).parent.parent.parent
     more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
@@ -97,12 +105,13 @@ def launch(folder, config, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def equals_one_process(folder, name, precision):
+def equals_one_process(folder, name, precision, steps):
     """What two processes made in `folder` against one process with the doubled batch."""
     AcceleratorState._reset_state(True)
-    files = run(name, folder / "one" / name, precision, 6, batch_size=4).files
+    files = run(name, folder / "one" / name, precision, steps, batch_size=4).files
     two, one = (loop.comparable(folder / n / name) for n in ("two", "one"))
-    assert len(one) == len(two) == 6 + 3
+    assert [line["step"] for line in one if "loss" in line] == list(range(1, steps + 1))
+    assert len(one) == len(two)
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=TOLERANCES[precision]), (name, theirs["step"])
     for file in files:
@@ -116,28 +125,31 @@ def equals_one_process(folder, name, precision):
             assert max(distances) < 1e-4
 
 
-def test_fsdp_resumed_equals_one_process_with_the_doubled_batch(tmp_path):
-    for steps in (3, 6):
-        launch(tmp_path, FSDP, "style", "float32", steps)
-    shards = tmp_path / "two/style/checkpoints/step-00000003/sharded/pytorch_model_fsdp_0"
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    """A run that is resumed, and one of another trainer in bfloat16."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    launch(folder, FSDP, "style,float32,2", "style,float32,4", "control,bfloat16,2")
+    return folder
+
+
+def test_fsdp_resumed_equals_one_process_with_the_doubled_batch(fsdp):
+    shards = fsdp / "two/style/checkpoints/step-00000002/sharded/pytorch_model_fsdp_0"
     assert {p.name for p in shards.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
-    with pytest.raises(ConfigError, match="step-00000006 is spread over processes"):
-        run("style", tmp_path / "two/style", "float32", 6, batch_size=4, resume=True)
-    equals_one_process(tmp_path, "style", "float32")
+    with pytest.raises(ConfigError, match="step-00000004 is spread over processes"):
+        run("style", fsdp / "two/style", "float32", 4, batch_size=4, resume=True)
+    equals_one_process(fsdp, "style", "float32", 4)
 
 
-@pytest.mark.slow
-def test_fsdp_in_bfloat16_equals_one_process_with_the_doubled_batch(tmp_path):
-    launch(tmp_path, FSDP, "control", "bfloat16", 6)
-    equals_one_process(tmp_path, "control", "bfloat16")
+def test_fsdp_in_bfloat16_equals_one_process_with_the_doubled_batch(fsdp):
+    equals_one_process(fsdp, "control", "bfloat16", 2)
 
 
 @pytest.mark.slow
 def test_deepspeed_resumed_equals_one_process_with_the_doubled_batch(tmp_path):
     pytest.importorskip("deepspeed", reason="install deepspeed; it needs a compiler, and minutes")
-    for steps in (3, 6):
-        launch(tmp_path, DEEPSPEED, "style", "float32", steps)
-    equals_one_process(tmp_path, "style", "float32")
+    launch(tmp_path, DEEPSPEED, "style,float32,2", "style,float32,4")
+    equals_one_process(tmp_path, "style", "float32", 4)
 
 
 def accelerator(kind, **state):
