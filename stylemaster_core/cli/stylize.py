@@ -113,7 +113,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--keep-alpha",
         action="store_true",
-        help="the result is as transparent as the input (.webm, .mov as prores4444, .webp, .png); "
+        help="the result is as transparent as the input (.webm, .mov as prores4444, .png); "
         "else the input is put on white",
     )
     group.add_argument("--window", type=int, default=81, help="frames per window of long videos")

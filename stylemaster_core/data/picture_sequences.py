@@ -109,10 +109,6 @@ def _save_animation(part: Path, pictures: list[Image.Image], timing: Timing, qua
     ticks = np.rint((times_s - times_s[0]) * 1000 / step_ms).astype(int) * step_ms
     durations = np.maximum(np.diff(ticks), step_ms).tolist()
     options: dict[str, Any] = {} if is_gif else {"quality": quality, "lossless": quality == 100}
-    if pictures[0].mode == "RGBA" and all(picture == pictures[0] for picture in pictures):
-        # The encoder makes a still of them, and forgets that it is transparent.
-        pictures[0].save(part, **options)
-        return
     pictures[0].save(
         part, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **options
     )
