@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import ConfigError
-from ..writing import append_line, write_text
+from ..writing import append_line, disk_errors, write_text
 
 logger = logging.getLogger("stylemaster")
 
@@ -23,8 +23,13 @@ Check = Callable[[dict[str, Any]], "str | None"]
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of an output folder; other processes wait meanwhile."""
-    with FileLock(folder / ".lock"):
+    lock = FileLock(folder / ".lock")
+    with disk_errors(folder / ".lock"):
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:

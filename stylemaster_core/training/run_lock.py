@@ -6,7 +6,8 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DiskError
+from ..writing import reason_of
 
 NAME = ".lock"
 LOOK_S = 2.0  # longer than `is_running` takes
@@ -25,6 +26,8 @@ def lock_run(out: Path) -> BaseFileLock:
         raise ConfigError(
             f"another process is training in {out}; wait for its end, or choose another folder"
         ) from error
+    except OSError as error:
+        raise DiskError(f"{out / NAME} cannot be locked: {reason_of(error)}") from error
     return lock
 
 

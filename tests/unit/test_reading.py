@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stylemaster_core.errors import ConfigError, WeightsError
+from stylemaster_core.data.pairs import open_pair_folder
+from stylemaster_core.errors import ConfigError, DiskError, WeightsError
 from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.small import draw_weights, write_small_image_encoder
 from stylemaster_core.models.style_tokens import Style, load_style, save_style
@@ -16,6 +17,7 @@ from stylemaster_core.models.text_encoder import load_text_encoder
 from stylemaster_core.pipelines.models import ModelFiles, Models
 from stylemaster_core.reading import reading
 from stylemaster_core.training.config import read_config
+from stylemaster_core.training.run_lock import lock_run
 from stylemaster_core.weights.files import read_state_dict
 from stylemaster_core.weights.manifest import load_manifest
 from stylemaster_core.weights.numbers import check_weights, not_finite
@@ -135,6 +137,14 @@ def test_wrong_types_in_json_files(tmp_path):
     with pytest.raises(WeightsError, match=r"file\.json") as caught:
         load_text_encoder(path)
     assert len(str(caught.value)) < 1000
+
+
+def test_a_lock_that_is_a_folder(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(DiskError, match=r"\.lock cannot be"):
+        open_pair_folder(tmp_path, {})
+    with pytest.raises(DiskError, match=r"\.lock cannot be"):
+        lock_run(tmp_path)
 
 
 def test_a_checkpoint_that_refers_to_itself(tmp_path):
