@@ -72,8 +72,15 @@ def load_native_controlnet(state_dict: Mapping[str, Tensor]) -> comfy.model_patc
     """
     host = NativeWanHost()
     net = load_gray_tile_controlnet(state_dict, host=host, operations=host.operations)
-    return comfy.model_patcher.ModelPatcher(
+    patcher = comfy.model_patcher.ModelPatcher(
         net,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+    # How newer versions make another one for another GPU (MultiGPU CFG Split).
+    patcher.cached_patcher_init = (_load_again, (net,))
+    return patcher
+
+
+def _load_again(net: nn.Module) -> comfy.model_patcher.ModelPatcher:
+    return load_native_controlnet({key: value.cpu() for key, value in net.state_dict().items()})

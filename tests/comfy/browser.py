@@ -33,8 +33,12 @@ def find_chromium() -> str | None:
 
 
 @contextmanager
-def open_ui(url: str) -> Iterator[Ui]:
+def open_ui(url: str, *, nodes_2: bool = False) -> Iterator[Ui]:
     """Open the interface of a server.
+
+    Args:
+        url: of the server.
+        nodes_2: whether nodes are drawn as elements of the page, where the version can.
 
     Raises:
         FileNotFoundError: if there is no Chromium.
@@ -48,7 +52,7 @@ def open_ui(url: str) -> Iterator[Ui]:
         browser = playwright.chromium.launch(executable_path=executable, args=_FLAGS)
         try:
             page = browser.new_page(viewport={"width": WIDTH_PX, "height": HEIGHT_PX})
-            ui = Ui(page, url)
+            ui = Ui(page, url, nodes_2=nodes_2)
             ui.open()
             yield ui
         finally:
@@ -58,7 +62,8 @@ def open_ui(url: str) -> Iterator[Ui]:
 class Ui:
     """The open interface."""
 
-    def __init__(self, page: Page, url: str) -> None:
+    def __init__(self, page: Page, url: str, *, nodes_2: bool = False) -> None:
+        self.settings = {**_SETTINGS, "Comfy.VueNodes.Enabled": nodes_2}
         self.page = page
         self.url = url
         self.errors: list[str] = []
@@ -68,7 +73,7 @@ class Ui:
         self.page.route("**/*", self._only_this_server)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         # Before the page is there: the first visit would open the templates, some time later.
-        answer = self.page.request.post(f"{self.url}/api/settings", data=_SETTINGS)
+        answer = self.page.request.post(f"{self.url}/api/settings", data=self.settings)
         assert answer.ok, answer.text()
         self.page.goto(self.url, wait_until="domcontentloaded")
         self.page.wait_for_function(_READY, timeout=120_000)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.comfy import blueprints, browser, node_texts, server, shipped_workflows
+from tests.comfy import blueprints, browser, layout, node_texts, server, shipped_workflows
 from tests.comfy.shipped_workflows import names, small
 
 pytest.importorskip("playwright", reason="the browser tests need `pip install playwright`")
@@ -77,6 +77,29 @@ def test_a_template_opens_without_missing_nodes(ui, name):
                 assert added.partition(".")[0] in known or added in ("video-preview", "codec")
         assert posted[key].pop("_meta")["title"] == node.pop("_meta")["title"]
     assert posted == shipped
+
+
+@pytest.fixture(scope="module", params=layout.MODES)
+def drawn(request, comfy_server, comfy_models) -> Iterator[tuple[browser.Ui, bool]]:
+    """The interface in each way to draw nodes; versions without the second are skipped."""
+    nodes_2 = layout.MODES[request.param]
+    shipped_workflows.write_models(comfy_models)
+    shipped_workflows.write_inputs(comfy_server.input_dir)
+    with browser.open_ui(comfy_server.url, nodes_2=nodes_2) as opened:
+        opened.load(shipped_workflows.load("text_to_video"))
+        opened.fit()
+        if nodes_2 and not opened.page.locator("[data-node-id]").count():
+            pytest.skip("this version draws nodes in one way only")
+        yield opened, nodes_2
+
+
+@pytest.mark.parametrize("name", names())
+def test_no_two_nodes_overlap(drawn, name):
+    opened, nodes_2 = drawn
+    opened.load(json.loads((shipped_workflows.FOLDER / f"{name}.json").read_text("utf-8")))
+    opened.page.keyboard.press("Escape")
+    opened.fit()
+    assert layout.overlaps(layout.rectangles(opened, dom=nodes_2)) == []
 
 
 @pytest.mark.parametrize("name", [blueprint.name for blueprint in blueprints.BLUEPRINTS])

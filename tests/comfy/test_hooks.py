@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.comfy import hook_cases
+from tests.comfy import features_table, hook_cases
 
 SCRIPTS = Path(__file__).parent / "scripts"
 # ComfyUI computes the timestep's sinusoid in float32, the core in float64: 2e-6 to 4e-6.
@@ -236,6 +236,44 @@ def test_tokens_behind_the_videos_get_no_style_and_no_control(run_in_comfy, refe
         assert found["deviation"] < TOLERANCE, name
         assert found["effect_of_streams"] > 0.05, name
         assert found["effect_of_style"] > 0.05, name
+
+
+# ---- what else ComfyUI offers ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def features(run_in_comfy, reference) -> dict[str, Any]:
+    return run_in_comfy(SCRIPTS / "hooks_features.py", reference[1][0])
+
+
+@pytest.mark.parametrize("name", features_table.ACTING)
+def test_the_style_acts_beside(features, comfy_checkout, name):
+    found = features[name]
+    if str(found).startswith("absent"):
+        pytest.skip(f"ComfyUI {comfy_checkout.version} has none")
+    assert isinstance(found, dict), found
+    assert found["finite"]
+    assert found["style"] > 0.05
+    if features_table.ACTING[name] == "changes":
+        assert found["feature"] > 1e-3
+    elif features_table.ACTING[name] == "skips":
+        assert found["calls"] < 12
+    else:
+        assert found["feature"] < 1e-5
+
+
+def test_models_that_keep_keys_and_values_of_the_text_are_refused(features):
+    found = features["CausalAR models"]
+    if not found.startswith("absent"):
+        assert found.startswith("UnsupportedHostError") and "load wan2.1_t2v_1.3B" in found
+
+
+def test_a_clone_for_another_gpu_has_a_control_of_its_own(features):
+    found = features.get("cloned control")
+    if found is None:
+        pytest.skip("this ComfyUI makes no clones for other GPUs")
+    assert found["own_network"]
+    assert found["difference"] < 1e-6 < 0.05 < found["control"]
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,10 @@ _SIZES = {
     "StyleMasterTrainMotionAdapter": (380, 820),
     "StyleMasterTrainingMonitor": (380, 360),
 }
+# By class: the height of a node in any version and either way to draw it (`layout`).
+HEIGHTS = Path(__file__).with_name("node_heights.json")
 _WIDTH, _TITLE, _GAP, _TALLEST = 320, 30, 30, 1400
-_NOTE_SIZE = (440, 460)
+_NOTE_SIZE = (440, 530)
 _COLOUR = "#7fa6bd"
 
 
@@ -191,7 +194,7 @@ def _arrange(graph: dict[str, Any]) -> None:
             for node in column:
                 node["size"] = [width, _size(node)[1]]
                 node["pos"] = [right, top + _TITLE]
-                top += _TITLE + node["size"][1] + _GAP
+                top += _TITLE + _room(node) + _GAP
             right, bottom = right + width + _GAP, max(bottom, top)
         box = [left - _GAP / 2, above - 60, right - left, bottom - above + 60]
         number = len(graph["groups"]) + 1
@@ -209,7 +212,7 @@ def _columns(nodes: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _balanced(nodes: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    heights = [_size(node)[1] + _TITLE + _GAP for node in nodes]
+    heights = [_room(node) + _TITLE + _GAP for node in nodes]
     count = -(-int(sum(heights)) // _TALLEST)
     columns: list[list[dict[str, Any]]] = [[]]
     filled = 0.0
@@ -222,7 +225,28 @@ def _balanced(nodes: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _size(node: Mapping[str, Any]) -> tuple[float, float]:
-    return _SIZES.get(node["type"], (_WIDTH, node["size"][1]))
+    tallest = _heights().get(node["type"], node["size"][1])
+    return _SIZES.get(node["type"], (_WIDTH, min(node["size"][1], tallest)))
+
+
+@cache
+def _heights() -> dict[str, float]:
+    return json.loads(HEIGHTS.read_text(encoding="utf-8"))
+
+
+def _room(node: Mapping[str, Any]) -> float:
+    """Height that is kept free for a node, however it is drawn."""
+    return max(_size(node)[1], _heights().get(node["type"], 0))
+
+
+def place(graph: dict[str, Any]) -> None:
+    """Place the nodes of a finished workflow anew, below and beside its note."""
+    notes = [node for node in graph["nodes"] if node["type"] == NOTE]
+    graph["nodes"] = [node for node in graph["nodes"] if node["type"] != NOTE]
+    _arrange(graph)
+    for note in notes:
+        note["size"] = list(_NOTE_SIZE)
+    graph["nodes"] += notes
 
 
 def _note(number: int, text: str) -> dict[str, Any]:

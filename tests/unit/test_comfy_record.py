@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.comfy import record
+from tests.comfy import features_table, record
 
 
 def test_a_run_of_some_files_replaces_only_those():
@@ -24,3 +24,7 @@ def test_the_newest_comes_first():
     one = {"files": {"test_a.py": {"passed": 1}}}
     kept = dict.fromkeys(("0.3.64", "0.33.0", "0.8.0"), one)
     assert record.tested_versions(kept, ["test_a.py"]) == ["0.33.0", "0.8.0", "0.3.64"]
+
+
+def test_the_table_of_features_is_up_to_date():
+    assert features_table.DOCS.read_text(encoding="utf-8") == features_table.text()
