@@ -51,6 +51,9 @@ class FrameConverter:
         self._path = path
         self.keep_alpha = keep_alpha
         self._said = False
+        self._reformatter: Any = None
+        self._rotation: int | None = None
+        self._matrix: tuple[float, float, float, float] | None = None
 
     def __call__(self, frame: av.VideoFrame, context: Any) -> np.ndarray:
         """Convert a frame; `context` is what decoded it.
@@ -66,7 +69,7 @@ class FrameConverter:
             has_alpha = False
         else:
             has_alpha = any(component.is_alpha for component in frame.format.components)
-            pixels = _pixels(frame, "rgba" if has_alpha else "rgb24")
+            pixels = self._pixels(frame, "rgba" if has_alpha else "rgb24")
         if has_alpha and not self.keep_alpha:
             pixels = on_white(pixels)[..., :3]
         elif has_alpha:
@@ -78,14 +81,27 @@ class FrameConverter:
             kind = {_PQ: "HDR (PQ)", _HLG: "HDR (HLG)"}.get(transfer, _PRIMARIES.get(primaries))
             logger.warning("%s is %s; its colours are converted to SDR, BT.709", self._path, kind)
             self._said = True
-        return wide_to_bt709(_pixels(frame, "rgb48le"), transfer, primaries)
+        return wide_to_bt709(self._pixels(frame, "rgb48le"), transfer, primaries)
+
+    def _pixels(self, frame: av.VideoFrame, pix_fmt: str) -> np.ndarray:
+        # A frame's own one would be made anew, and held, for every frame.
+        if self._reformatter is None:
+            from av.video.reformatter import VideoReformatter
+
+            self._reformatter = VideoReformatter()
+        is_hd = int(frame.colorspace) == _UNSPECIFIED and frame.height >= _HD_LINES
+        standard = "ITU709" if is_hd else None
+        converted = self._reformatter.reformat(frame, format=pix_fmt, src_colorspace=standard)
+        return converted.to_ndarray()
 
     def _upright(self, pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-        matrix = _display_matrix(frame)
+        if frame.rotation != self._rotation:
+            # Not of every frame: its side data refers back to it, which keeps it in memory.
+            self._rotation, self._matrix = frame.rotation, _display_matrix(frame)
         self.turned = False
-        if matrix is None:
+        if self._matrix is None:
             return pixels
-        a, b, c, d = matrix
+        a, b, c, d = self._matrix
         # A point (x, y) is shown at (a x + c y, b x + d y).
         if max(abs(b), abs(c)) < 0.01 * min(abs(a), abs(d)):
             x_sign, y_sign = a, d
@@ -98,12 +114,6 @@ class FrameConverter:
                 f"{self._path} is turned by {frame.rotation} degrees; only quarters are known"
             )
         return pixels[:: -1 if y_sign < 0 else 1, :: -1 if x_sign < 0 else 1]
-
-
-def _pixels(frame: av.VideoFrame, pix_fmt: str) -> np.ndarray:
-    if int(frame.colorspace) == _UNSPECIFIED and frame.height >= _HD_LINES:
-        return frame.to_ndarray(format=pix_fmt, src_colorspace="ITU709")
-    return frame.to_ndarray(format=pix_fmt)
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float] | None:
