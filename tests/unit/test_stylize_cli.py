@@ -427,3 +427,27 @@ def test_info(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["device"] in ("cpu", "cuda", "mps") and facts["packages"]["torch"]
     assert math.isfinite(len(facts["attention"])) and facts["attention"]
+
+
+def test_results_in_other_formats(inputs, files, tmp_path):
+    base = ("--prompt", "x", "--steps", "1", "--style", inputs / "style.png", "--json", *files)
+    source, alpha = tmp_path / "in.mov", np.full((3, 32, 32), 255, np.uint8)
+    alpha[:, :8] = 0
+    times_s = np.array([0, 0.1, 0.7, 0.8])
+    write_video(source, demo_clip(3, 32, 32), fps=10, times_s=times_s, alpha=alpha)
+    options = ("--video", source, "--keep-alpha")
+    assert run("stylize", tmp_path / "out.webm", *options, *base) == 0
+    result = read_video(tmp_path / "out.webm", keep_alpha=True)
+    assert result.times_s == pytest.approx(times_s, abs=2e-3)
+    assert result.alpha[:, 2].max() < 20 and result.alpha[:, 20].min() > 235
+    frames = tmp_path / "frames"
+    assert run("stylize", frames / "%03d.png", "--video", source, "--fps", "10", *base) == 0
+    assert len(list(frames.iterdir())) == 8
+    text = ("--size", "32x32", "--frames", "5", "--fps", "24", *base)
+    assert run("stylize", tmp_path / "out.mov", *text, "--codec", "prores") == 0
+    assert probe_video(tmp_path / "out.mov").fps == 24
+    picture = ("--task", "text-to-image", "--size", "32x32", "--quality", "80", *base)
+    assert run("stylize", tmp_path / "out.jpg", *picture) == 0
+    assert read_image(tmp_path / "out.jpg").shape == (32, 32, 3)
+    assert run("stylize", tmp_path / "out.mp4", *options, *base) == 2  # H.264 has no opacity
+    assert run("stylize", tmp_path / "out2.mov", *text, "--codec", "vp9") == 2
