@@ -48,7 +48,7 @@ def check_frames_fit(path: Path, num_frames: int, shape: tuple[int, ...]) -> Non
     if needed > free:
         raise LayoutError(
             f"{text} of main memory, {free / 1e9:.1f} GB are free; read at most "
-            f"{max(free // frame_bytes, 1)} frames (max_frames, --max-frames)"
+            f"{max(free // frame_bytes, 1)} frames (max_frames)"
         )
     if needed >= _MUCH_BYTES:
         logger.info(text)

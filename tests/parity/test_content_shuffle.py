@@ -93,5 +93,5 @@ def test_what_cannot_be_shuffled_is_refused(golden):
         content_shuffle(image[:0], seed=0)
     with pytest.raises(LayoutError, match="too thin"):
         content_shuffle(image[:2], seed=0)
-    with pytest.raises(ConfigError, match="seed -1"):
+    with pytest.raises(ConfigError, match="seed of the content shuffle is -1"):
         content_shuffle(image, seed=-1)

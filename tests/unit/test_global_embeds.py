@@ -97,9 +97,12 @@ class Stub(types.ModuleType):
 
 @pytest.mark.parametrize(("contrastive", "metadata", "expected"), CASES)
 def test_the_nodes_obey(contrastive, metadata, expected, tmp_path, monkeypatch):
-    names = ("comfy", "comfy.conds", "comfy_api", "comfy_api.latest")
+    names = ("comfy", "comfy.conds", "comfy.model_management", "comfy_api", "comfy_api.latest")
     for name in names:
         monkeypatch.setitem(sys.modules, name, Stub(name))
+    management = sys.modules["comfy.model_management"]
+    management.get_torch_device = lambda: torch.device("cpu")
+    sys.modules["comfy"].model_management = management
     path = tmp_path / "adapter.safetensors"
     weights = adapter_weights(contrastive)
     write_state_dict(path, weights, {"global_embeds": metadata} if metadata else {})

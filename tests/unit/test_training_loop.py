@@ -497,7 +497,12 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         read_state_dict(tmp_path / name / "style_adapter.safetensors").tensors
         for name in ("two", "one")
     )
-    assert max((ours[k] - theirs[k]).abs().max() for k in theirs) < 1e-4
+    # Softmax ignores a bias of the keys: its gradient is rounding noise, which Adam makes steps of.
+    for tensors in (ours, theirs):
+        for key in [key for key in tensors if key.endswith("in_proj_bias")]:
+            queries, _, values = tensors[key].chunk(3)
+            tensors[key] = torch.cat([queries, values])
+    assert max((ours[k] - theirs[k]).abs().max() for k in theirs) < 1e-5
 
 
 # ---- optimiser ----

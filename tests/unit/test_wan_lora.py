@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stylemaster_core.cli import main
+from stylemaster_core.data.images import write_image
 from stylemaster_core.errors import WeightsError
 from stylemaster_core.models.small import draw_weights, write_small_models
 from stylemaster_core.weights.key_maps import native_to_diffusers
@@ -148,7 +150,9 @@ def test_the_command_line_refuses_before_anything_is_loaded(
     path = write(tmp_path / "sdxl.safetensors", pair("lora_unet_down_blocks_0_attn_q"))
     for name in ("text_encoder", "image_encoder", "vae", "transformer"):
         monkeypatch.setattr(Models, name, property(lambda self: pytest.fail("a model was loaded")))
-    command = ["stylize", str(tmp_path / "out.png"), "--style", "none.png", "--steps", "1"]
+    style = tmp_path / "style.png"
+    write_image(style, np.zeros((32, 32, 3), np.uint8))
+    command = ["stylize", str(tmp_path / "out.png"), "--style", str(style), "--steps", "1"]
     command += ["--transformer", str(small.stylemaster), "--vae", str(small.vae)]
     command += ["--text-encoder", str(small.text_encoder), "--lora", f"{path}:0.8"]
     assert main(command) == 2
