@@ -116,8 +116,9 @@ def test_the_nodes_obey(contrastive, metadata, expected, tmp_path, monkeypatch):
         embeds = {"image_embeds": torch.full((1, 6), 0.25), "shuffled_embeds": torch.ones(1, 6)}
         patches = torch.randn(1, 17, 16)
         features = sockets.StyleFeatures(
-            patches, patches, *embeds.values(), None, [picture], [picture], "center", 0
-        )
+            patches, patches, *embeds.values(), None, [picture], [picture], "center", 0,
+            lambda: patches,
+        )  # fmt: skip
         taken = []
 
         def keep(module, arguments):
