@@ -68,6 +68,19 @@ class Ui:
         self.url = url
         self.errors: list[str] = []
 
+    @contextmanager
+    def beside(self, *, nodes_2: bool) -> Iterator[Ui]:
+        """A second page of the same browser; Playwright takes one browser at a time."""
+        browser = self.page.context.browser
+        assert browser is not None
+        page = browser.new_page(viewport={"width": WIDTH_PX, "height": HEIGHT_PX})
+        try:
+            other = Ui(page, self.url, nodes_2=nodes_2)
+            other.open()
+            yield other
+        finally:
+            page.close()
+
     def open(self) -> None:
         """Load the page and wait for the editor."""
         self.page.route("**/*", self._only_this_server)

@@ -80,12 +80,10 @@ def test_a_template_opens_without_missing_nodes(ui, name):
 
 
 @pytest.fixture(scope="module", params=layout.MODES)
-def drawn(request, comfy_server, comfy_models) -> Iterator[tuple[browser.Ui, bool]]:
+def drawn(request, ui) -> Iterator[tuple[browser.Ui, bool]]:
     """The interface in each way to draw nodes; versions without the second are skipped."""
     nodes_2 = layout.MODES[request.param]
-    shipped_workflows.write_models(comfy_models)
-    shipped_workflows.write_inputs(comfy_server.input_dir)
-    with browser.open_ui(comfy_server.url, nodes_2=nodes_2) as opened:
+    with ui.beside(nodes_2=nodes_2) as opened:
         opened.load(shipped_workflows.load("text_to_video"))
         opened.fit()
         if nodes_2 and not opened.page.locator("[data-node-id]").count():
