@@ -98,6 +98,7 @@ _SIZES = {
 HEIGHTS = Path(__file__).with_name("node_heights.json")
 _WIDTH, _TITLE, _GAP, _TALLEST = 320, 30, 30, 1400
 _NOTE_SIZE = (440, 530)
+_NOTE_ROOM = 700  # a note grows with its text where nodes are elements of the page
 _COLOUR = "#7fa6bd"
 
 
@@ -186,7 +187,7 @@ def _arrange(graph: dict[str, Any]) -> None:
         chosen.sort(key=lambda node: node["id"])
         columns = _columns(chosen)
         # The first group stands below the note, with a column as wide.
-        above = 0.0 if graph["groups"] else _NOTE_SIZE[1] + 2 * _GAP + _TITLE
+        above = 0.0 if graph["groups"] else _NOTE_ROOM + 2 * _GAP + _TITLE
         right, bottom = left, above
         for column in columns:
             width, top = max(_size(node)[0] for node in column), above
