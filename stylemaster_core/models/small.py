@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,20 @@ class SmallModels(NamedTuple):
     motion_adapter: Path
 
 
+def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
+    """Check that none of the files to be written exists, unless `overwrite`.
+
+    Raises:
+        WeightsError: naming those that do.
+    """
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not overwrite:
+        raise WeightsError(
+            f"{', '.join(existing)} exists and is not overwritten unless asked (overwrite=True); "
+            "choose another folder"
+        )
+
+
 def write_small_models(
     folder: str | Path, *, seed: int = 0, overwrite: bool = False
 ) -> SmallModels:
@@ -76,12 +90,7 @@ def write_small_models(
         text_encoder=folder / "text_encoder.json",
         motion_adapter=folder / "motion_adapter_small.safetensors",
     )
-    existing = [str(path) for path in models if path.exists()]
-    if existing and not overwrite:
-        raise WeightsError(
-            f"{', '.join(existing)} exists and is not overwritten unless asked (overwrite=True); "
-            "choose another folder"
-        )
+    refuse_existing(models, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     release = expected_base_shapes(_wan_sizes()) | expected_adapter_shapes(_adapter_sizes())
     write_checkpoint(models.stylemaster, draw_weights(release, seed))

@@ -8,13 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import WeightsError
 from ..weights.shapes import (
     StyleCrafterSdxlSizes,
     StyleCrafterSizes,
     expected_stylecrafter_sdxl_shapes,
 )
-from .small import CLIP_WIDTH, draw_weights, write_checkpoint, write_small_image_encoder
+from .small import (
+    CLIP_WIDTH,
+    draw_weights,
+    refuse_existing,
+    write_checkpoint,
+    write_small_image_encoder,
+)
 
 WIDTH = 32  # of every block of the UNet, and of each text encoder
 TEXT_WIDTH = 2 * WIDTH
@@ -90,12 +95,7 @@ def write_small_sdxl(folder: str | Path, *, seed: int = 0, overwrite: bool = Fal
         folder / "stylecrafter_sdxl_small.ckpt",
         folder / "image_encoder_small",
     )
-    existing = [str(path) for path in models if path.exists()]
-    if existing and not overwrite:
-        raise WeightsError(
-            f"{', '.join(existing)} exists and is not overwritten unless asked (overwrite=True); "
-            "choose another folder"
-        )
+    refuse_existing(models, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     _pipeline(folder, seed).save_pretrained(str(models.sdxl))
     adapter = expected_stylecrafter_sdxl_shapes(small_adapter_sizes())

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import WeightsError
 from ..weights.shapes import (
     Shape,
     StyleCrafterSdxlSizes,
@@ -19,7 +18,13 @@ from ..weights.stylecrafter_video_keys import stylecrafter_sdxl_to_video
 from ..weights.videocrafter_keys import TEMPORAL_KEY, VideoCrafterSizes
 from ..weights.videocrafter_parts import TEXT_PREFIX, VAE_PREFIX
 from .sdxl_unet import cross_attentions
-from .small import CLIP_WIDTH, draw_weights, write_checkpoint, write_small_image_encoder
+from .small import (
+    CLIP_WIDTH,
+    draw_weights,
+    refuse_existing,
+    write_checkpoint,
+    write_small_image_encoder,
+)
 from .videocrafter_unet import VideoCrafterUNet
 
 TEXT_WIDTH = 64
@@ -68,12 +73,7 @@ def write_small_videocrafter(
         folder / "stylecrafter_temporal_small.pth",
         folder / "image_encoder_small",
     )
-    existing = [str(path) for path in models if path.exists()]
-    if existing and not overwrite:
-        raise WeightsError(
-            f"{', '.join(existing)} exists and is not overwritten unless asked (overwrite=True); "
-            "choose another folder"
-        )
+    refuse_existing(models, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         unet = VideoCrafterUNet(SIZES)
