@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -156,6 +158,21 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def _children_end_quietly() -> Iterator[None]:
+    """Keep PyTorch from raising the end of a worker wherever the trainer is just then.
+
+    In the middle of an optimiser step that would leave half of the weights changed. The loader
+    finds a lost worker by itself as soon as it waits for its samples.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # not on Windows
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(number) if number is not None and in_main else None
+    yield
+    if before is not None:
+        signal.signal(number, before)  # type: ignore[arg-type]
+
+
 class _Loop:
     def __init__(
         self,
@@ -270,7 +287,8 @@ class _Loop:
             worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        return iter(loader)
+        with _children_end_quietly():
+            return iter(loader)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> float | None:
         """One optimiser step; `step` counts from 1.

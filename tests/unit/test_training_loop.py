@@ -358,14 +358,27 @@ def test_sigterm_to_the_whole_group_leaves_a_checkpoint(tmp_path):
     assert checkpoints.read_checkpoint(latest).step == read_stats(tmp_path)[-1]["step"] >= 3
 
 
+KILLS_A_READER = """
+import os, signal, time
+from pathlib import Path
+from stylemaster_core.training import loop
+check = loop._Loop._check_finite
+def kills(self, step, *arguments):
+    if step == 3:  # in the middle of a step, not while it waits for samples
+        pid = os.getpid()
+        children = Path("/proc/%d/task/%d/children" % (pid, pid)).read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        time.sleep(0.5)
+    return check(self, step, *arguments)
+loop._Loop._check_finite = kills
+"""
+
+
 def test_a_killed_reader_of_samples_is_named_and_the_steps_are_kept(tmp_path):
     code = CHILD.replace("save_every=1,", "save_every=100000, num_workers=1,")
-    code += "\nprint('not reached', file=sys.stderr)\n"
-    child = run_child(code, tmp_path)
-    wait_for_steps(tmp_path, 3, child)
-    listed = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-    os.kill(int(listed[0]), signal.SIGKILL)
-    said = child.communicate(timeout=60)[1]
+    first, last = code.split("config = ", 1)
+    code = f"{first}{KILLS_A_READER}config = {last}\nprint('not reached', file=sys.stderr)\n"
+    said = run_child(code, tmp_path).communicate(timeout=120)[1]
     assert "WorkerLostError" in said and "run.num_workers" in said and "not reached" not in said
     latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoints.read_checkpoint(latest).step == read_stats(tmp_path)[-1]["step"] >= 3
