@@ -27,12 +27,12 @@ from .teacher import Pairs
 
 # With how many windows of each size a pair is shown; fractions are drawn.
 REAL_SIZES: dict[ClipSize, float] = {
-    ClipSize(1, 96, 96, 2): 2.5,
-    ClipSize(1, 96, 96, 4): 2.0,
+    ClipSize(1, 96, 96, 2): 1.5,
+    ClipSize(1, 96, 96, 4): 1.0,
     ClipSize(1, 128, 128, 2): 1.0,
     ClipSize(1, 128, 128, 4): 1.0,
-    ClipSize(5, 64, 64, 2): 0.7,
-    ClipSize(5, 96, 96, 2): 0.4,
+    ClipSize(9, 64, 64, 2): 1.0,
+    ClipSize(9, 96, 96, 2): 0.7,
 }
 OWN_SHARE = 0.2  # of the windows: a painting from its own gray tile, another part as reference
 SMALLEST_REFERENCE = 0.8  # of the painting's side

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from stylemaster_core.dtypes import autocast
 from stylemaster_core.errors import ConfigError, WeightsError
+from stylemaster_core.layouts import SPATIAL_STRIDE
 from stylemaster_core.models.patch_vae import (
     BLOCK_VALUES,
     PatchVAE,
@@ -49,6 +50,7 @@ SHARES = (0.5, 0.25, 0.25)
 PLAIN_SHARE = 0.12  # of clips without a style: the content itself is encoded, too
 GRAY_SHARE = 0.08  # of clips that become gray and coarse, as the tiles of the control are
 NOISE_SHARE, NOISE_STD = 0.5, 0.1  # of the normalised latents in front of the decoder
+BORDER_WEIGHT = 0.1  # of the steps between blocks, which the eye sees as a grid
 POOL = {64: 4000, 128: 2000}  # side in pixels: clips
 PCA_BLOCKS = 400_000
 EMA_DECAY = 0.998
@@ -294,8 +296,13 @@ def _losses(vae: PatchVAE, video: Tensor, rng: np.random.Generator) -> tuple[Ten
             latents = latents + noise.to(latents.device)
         decoded = vae.to_video(latents).float()
     error = functional.mse_loss(decoded, video)
-    edges = sum(functional.l1_loss(decoded.diff(dim=dim), video.diff(dim=dim)) for dim in (-1, -2))
-    loss = 4 * error + 0.5 * functional.l1_loss(decoded, video) + 0.25 * edges + 1e-3 * drift
+    edges = borders = torch.zeros((), device=video.device)
+    for dim in (-1, -2):
+        steps = (decoded.diff(dim=dim) - video.diff(dim=dim)).abs().movedim(dim, -1)
+        edges = edges + steps.mean()
+        borders = borders + steps[..., SPATIAL_STRIDE - 1 :: SPATIAL_STRIDE].mean()
+    loss = 4 * error + 0.5 * functional.l1_loss(decoded, video) + 0.25 * edges
+    loss = loss + BORDER_WEIGHT * borders + 1e-3 * drift
     return loss, error.item()
 
 
