@@ -71,6 +71,9 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--lpips", action="store_true", help="by the package lpips; may download")
     group.add_argument("--art-inception", type=Path, help="art_inception.pth, for ArtFID")
     group.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    group.add_argument(
+        "--skip-weight-check", action="store_true", help="do not look for NaN in the weights"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -247,6 +250,7 @@ def _networks(args: argparse.Namespace) -> Networks:
     from ..metrics.report import Networks
     from ..models.clip_text import load_clip_text
     from ..models.image_encoder import load_image_encoder
+    from ..weights.numbers import check_module
 
     try:
         device = torch.device(args.device)
@@ -261,12 +265,16 @@ def _networks(args: argparse.Namespace) -> Networks:
         "art_fid": "pass --art-inception (matthias-wright/art_inception) and --lpips",
     }
     clip = clip_text = csd = lpips = inception = None
+    skip = args.skip_weight_check
     if args.image_encoder:
-        clip = perceptual.clip_embedder(load_image_encoder(args.image_encoder, device=device))
+        encoder = load_image_encoder(args.image_encoder, device=device)
+        if not skip:
+            check_module(encoder.model, args.image_encoder)
+        clip = perceptual.clip_embedder(encoder)
     if args.clip_text:
-        clip_text = load_clip_text(args.clip_text, device=device)
+        clip_text = load_clip_text(args.clip_text, device=device, skip_check=skip)
     if args.csd:
-        csd = perceptual.load_csd(args.csd, device=device)
+        csd = perceptual.load_csd(args.csd, device=device, skip_check=skip)
     # A library that is not installed is a gap in the report, a damaged file a mistake to mend.
     if args.lpips:
         try:
@@ -275,7 +283,9 @@ def _networks(args: argparse.Namespace) -> Networks:
             missing["lpips"] = str(error)
     if args.art_inception:
         try:
-            inception = perceptual.load_art_inception(args.art_inception, device=device)
+            inception = perceptual.load_art_inception(
+                args.art_inception, device=device, skip_check=skip
+            )
         except UnsupportedHostError as error:
             missing["art_fid"] = str(error)
     return Networks(clip, clip_text, csd, csd or clip, lpips, inception, missing)

@@ -56,6 +56,9 @@ def add_model_files(group: Any, help_of: Mapping[str, str], base: str) -> None:
     group.add_argument("--models-dir", type=Path, help="default: $COMFYUI_PATH/models or ./models")
     for name, text in help_of.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="PATH", help=text)
+    group.add_argument(
+        "--skip-weight-check", action="store_true", help="do not look for NaN in the weights"
+    )
 
 
 def find_models(
@@ -142,7 +145,13 @@ def style_regions(
             return load_style(paths[0])
         images, names = [read_image(path) for path in paths], [path.name for path in paths]
         return encode_style(
-            adapter, image_encoder, images, crop=args.crop, device=device, names=names
+            adapter,
+            image_encoder,
+            images,
+            crop=args.crop,
+            device=device,
+            names=names,
+            skip_check=args.skip_weight_check,
         )
 
     styles = [encode([path]) for path in args.style] if masks else [encode(args.style)]

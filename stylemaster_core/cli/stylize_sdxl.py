@@ -110,11 +110,17 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         files = find_models(args, DEFAULT_FILES, HELP, lambda: _random_files(Path(scratch)))
         say(args, "encoding the style")
-        adapter = load_adapter(files["adapter"])
+        adapter = load_adapter(files["adapter"], skip_check=args.skip_weight_check)
         styles = prepare_styles(
             adapter, style_regions(args, adapter, files["image_encoder"], device)
         )
-        pipe = load_sdxl(files["sdxl"], device=device, dtype=dtype, loras=args.lora)
+        pipe = load_sdxl(
+            files["sdxl"],
+            device=device,
+            dtype=dtype,
+            loras=args.lora,
+            skip_check=args.skip_weight_check,
+        )
         bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
         with bar:
             picture = stylize_sdxl(

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         files = find_models(args, DEFAULT_FILES, HELP, lambda: _random_files(Path(scratch)))
         say(args, "encoding the style")
-        adapter = load_adapter(files["adapter"])
+        adapter = load_adapter(files["adapter"], skip_check=args.skip_weight_check)
         regions = style_regions(args, adapter, files["image_encoder"], device)
         styles = prepare_styles(adapter, regions)
         models = load_videocrafter(
@@ -127,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
             temporal=args.temporal,
             device=device,
             dtype=dtype,
+            skip_check=args.skip_weight_check,
         )
         bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
         with bar:

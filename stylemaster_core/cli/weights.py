@@ -62,6 +62,9 @@ def add_parser(subparsers: Any) -> None:
         "--include-base", action="store_true", help="write the Wan base of the release, too"
     )
     converting.add_argument("--overwrite", action="store_true", help="replace existing files")
+    converting.add_argument(
+        "--skip-weight-check", action="store_true", help="do not look for NaN in the weights"
+    )
     for action in (listing, fetching, verifying, converting):
         action.add_argument("--json", action="store_true", help="results as JSON, for scripts")
 
@@ -215,6 +218,7 @@ def _convert(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             include_base=args.include_base,
+            skip_check=args.skip_weight_check,
             progress=progress,
         )
     rows: list[dict[str, Any]] = []

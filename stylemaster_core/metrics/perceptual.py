@@ -18,8 +18,10 @@ from torch import Tensor
 from ..data.images import clip_pixels
 from ..errors import ConfigError, LayoutError, UnsupportedHostError, WeightsError
 from ..layouts import check_frames
+from ..reading import reading
 from ..weights.files import read_state_dict
 from ..weights.key_maps import open_clip_to_hf_vision
+from ..weights.numbers import check_weights
 from ..weights.state_dict import check_keys, shapes_of
 from .retrieval import EmbedPictures
 
@@ -75,31 +77,48 @@ def clip_text_score(
     return float(F.cosine_similarity(images, text.to(images), dim=-1).mean())
 
 
-def load_csd(path: str | Path, *, device: torch.device | str = "cpu") -> EmbedPictures:
+def load_csd(
+    path: str | Path, *, device: torch.device | str = "cpu", skip_check: bool = False
+) -> EmbedPictures:
     """Load CSD, which embeds the style of pictures.
 
     Args:
         path: its weights as .safetensors (yuxi-liu-wired/CSD, an unofficial copy), with the
             backbone in OpenAI's or in transformers' naming.
         device: where to put it.
+        skip_check: do not look for NaN and infinity.
 
     Raises:
         WeightsError: if the file is missing, damaged, of another kind, or incomplete.
 
     Source: Somepalli et al. 2024, Measuring Style Similarity in Diffusion Models; deviation: none.
     """
+    with reading(path, "CSD"):
+        model, size = _csd(path, skip_check)
+        model.requires_grad_(False).eval().to(device)
+
+    def embed(frames: np.ndarray) -> Tensor:
+        batches = _batches(frames, size)
+        return torch.cat([model(pixel_values=pixels.to(device)).image_embeds for pixels in batches])
+
+    return embed
+
+
+def _csd(path: str | Path, skip_check: bool) -> tuple[Any, int]:
+    """The network, and the side of the pictures it takes."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    tensors = {
-        key.removeprefix("module."): v.float() for key, v in read_state_dict(path)[0].items()
-    }
+    found = read_state_dict(path).tensors
+    if not skip_check:
+        check_weights(found, path)
+    tensors = {key.removeprefix("module."): value.float() for key, value in found.items()}
     style = tensors.get("last_layer_style")
     backbone = {
         key.removeprefix("backbone."): value
         for key, value in tensors.items()
         if key.startswith("backbone.") and not key.endswith(("position_ids", ".proj"))
     }
-    if style is None or not backbone:
+    if style is None or style.ndim != 2 or not backbone:
         raise WeightsError(
             f"{path} is not CSD (no backbone.* and last_layer_style); get model.safetensors of "
             "yuxi-liu-wired/CSD"
@@ -129,13 +148,7 @@ def load_csd(path: str | Path, *, device: torch.device | str = "cpu") -> EmbedPi
     model: Any = CLIPVisionModelWithProjection(config)
     check_keys(shapes_of(weights), shapes_of(model.state_dict()), f"CSD {path}")
     model.load_state_dict(weights)
-    model.requires_grad_(False).eval().to(device)
-
-    def embed(frames: np.ndarray) -> Tensor:
-        batches = _batches(frames, grid * patch)
-        return torch.cat([model(pixel_values=pixels.to(device)).image_embeds for pixels in batches])
-
-    return embed
+    return model, grid * patch
 
 
 def csd_score(embed: EmbedPictures, frames: np.ndarray, style_image: np.ndarray) -> float:
@@ -179,18 +192,34 @@ def load_lpips(*, device: torch.device | str = "cpu") -> Lpips:
     return compare
 
 
-def load_art_inception(path: str | Path, *, device: torch.device | str = "cpu") -> EmbedPictures:
+def load_art_inception(
+    path: str | Path, *, device: torch.device | str = "cpu", skip_check: bool = False
+) -> EmbedPictures:
     """Load the Inception network that ArtFID measures with.
 
     Args:
         path: art_inception.pth (matthias-wright/art_inception).
         device: where to put it.
+        skip_check: do not look for NaN and infinity.
 
     Raises:
         UnsupportedHostError: if the package `art-fid`, which holds the network, is missing.
         WeightsError: if the file is missing or of another kind.
     """
+    with reading(path, "ArtFID's network"):
+        network = _art_inception(path, skip_check).requires_grad_(False).eval().to(device)
+
+    def embed(frames: np.ndarray) -> Tensor:
+        chunks = _pixels(check_frames(frames)).split(BATCH_FRAMES)
+        return torch.cat([network(chunk.to(device), return_features=True) for chunk in chunks])
+
+    return embed
+
+
+def _art_inception(path: str | Path, skip_check: bool) -> Any:
     tensors = read_state_dict(path).tensors
+    if not skip_check:
+        check_weights(tensors, path)
     try:
         from art_fid.inception import Inception3  # type: ignore[import-not-found]
     except ImportError as error:
@@ -205,13 +234,7 @@ def load_art_inception(path: str | Path, *, device: torch.device | str = "cpu") 
         raise WeightsError(f"{path} does not fit ArtFID's network: {error}") from error
     if missing:
         raise WeightsError(f"{path} lacks {len(missing)} weights ({missing[0]}, ...); get it again")
-    network.requires_grad_(False).eval().to(device)
-
-    def embed(frames: np.ndarray) -> Tensor:
-        chunks = _pixels(check_frames(frames)).split(BATCH_FRAMES)
-        return torch.cat([network(chunk.to(device), return_features=True) for chunk in chunks])
-
-    return embed
+    return network
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:

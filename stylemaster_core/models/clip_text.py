@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LayoutError, UnsupportedHostError, WeightsError
 from ..reading import reading
 from ..weights.files import read_state_dict
+from ..weights.numbers import check_module
 from .image_encoder import ImageEncoder, joint_width
 
 OPEN_CLIP_MODEL = "ViT-H-14"
@@ -41,6 +42,7 @@ def load_clip_text(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    skip_check: bool = False,
 ) -> ClipText:
     """Load the text tower that belongs to the image encoder (laion's ViT-H/14 for the release).
 
@@ -50,16 +52,20 @@ def load_clip_text(
             an open_clip checkpoint of ViT-H-14, which needs the extra `stylemaster[open-clip]`.
         device: where to put it.
         dtype: of the weights.
+        skip_check: do not look for NaN and infinity.
 
     Raises:
-        WeightsError: if the weights or the tokenizer are missing or of another kind.
+        WeightsError: if the weights or the tokenizer are missing or of another kind, or the weights
+            not finite.
         UnsupportedHostError: if open_clip is needed and not installed.
     """
     path = Path(path)
     with reading(path, "a CLIP text encoder"):
-        if path.is_dir():
-            return _from_folder(path, device, dtype)
-        return _from_open_clip(path, device, dtype)
+        load = _from_folder if path.is_dir() else _from_open_clip
+        model, clip_text = load(path, device, dtype)
+        if not skip_check:
+            check_module(model, path)
+        return clip_text
 
 
 def project_patches(image_encoder: ImageEncoder, patch_features: Tensor) -> Tensor:
@@ -112,7 +118,9 @@ def joint_similarity(
     return F.cosine_similarity(patches, text_embeds.to(patches)[:, None], dim=-1)
 
 
-def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype) -> ClipText:
+def _from_folder(
+    folder: Path, device: torch.device | str, dtype: torch.dtype
+) -> tuple[nn.Module, ClipText]:
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
     tokenizer_folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
@@ -145,10 +153,12 @@ def _from_folder(folder: Path, device: torch.device | str, dtype: torch.dtype) -
         )
         return model(input_ids=tokens.input_ids.to(device)).text_embeds
 
-    return ClipText(encode)
+    return model, ClipText(encode)
 
 
-def _from_open_clip(path: Path, device: torch.device | str, dtype: torch.dtype) -> ClipText:
+def _from_open_clip(
+    path: Path, device: torch.device | str, dtype: torch.dtype
+) -> tuple[nn.Module, ClipText]:
     try:
         import open_clip  # type: ignore[import-not-found]
     except ImportError as error:
@@ -170,4 +180,4 @@ def _from_open_clip(path: Path, device: torch.device | str, dtype: torch.dtype) 
     model.visual = None
     model = model.requires_grad_(False).eval().to(device=device, dtype=dtype)
     tokenizer = open_clip.get_tokenizer(OPEN_CLIP_MODEL)
-    return ClipText(lambda prompts: model.encode_text(tokenizer(prompts).to(device)))
+    return model, ClipText(lambda prompts: model.encode_text(tokenizer(prompts).to(device)))

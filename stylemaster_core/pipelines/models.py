@@ -258,7 +258,10 @@ class Models:
 
         path = self.files.need("clip_text", "Texture selection 'paper'")
         with self._borrow(
-            "clip_text", lambda: load_clip_text(path, device=self.device, dtype=torch.float32)
+            "clip_text",
+            lambda: load_clip_text(
+                path, device=self.device, dtype=torch.float32, skip_check=not self.check_weights
+            ),
         ) as model:
             yield model
 

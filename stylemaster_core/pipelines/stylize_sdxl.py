@@ -29,6 +29,7 @@ from ..models.stylecrafter_sdxl import (
 from ..reading import reading
 from ..sampling.denoise_image import ImageText, denoise_image
 from ..seeds import LOWEST_OF_TORCH, check_seed
+from ..weights.numbers import check_module, check_weights
 from ..weights.state_dict import describe_kind, detect_kind, shapes_of, strip_prefix
 
 NEGATIVE_PROMPT = "monochrome, lowres, bad anatomy, worst quality, low quality"
@@ -73,19 +74,23 @@ class PreparedStyle(NamedTuple):
     keys_values: list[LayerKV]
 
 
-def load_adapter(path: Path) -> StyleCrafterSdxl:
+def load_adapter(path: Path, *, skip_check: bool = False) -> StyleCrafterSdxl:
     """Read a StyleCrafter adapter for SDXL or VideoCrafter.
 
     Its encoder is float32, its projections are as stored.
 
+    Args:
+        path: of the file.
+        skip_check: do not look for NaN and infinity.
+
     Raises:
-        WeightsError: if the file is of another kind, damaged or incomplete.
+        WeightsError: if the file is of another kind, damaged, incomplete or not finite.
     """
     with reading(path, "a StyleCrafter adapter for SDXL"):
-        return _load_adapter(path)
+        return _load_adapter(path, skip_check)
 
 
-def _load_adapter(path: Path) -> StyleCrafterSdxl:
+def _load_adapter(path: Path, skip_check: bool) -> StyleCrafterSdxl:
     from ..weights.files import read_state_dict
 
     content = read_state_dict(path)
@@ -97,6 +102,8 @@ def _load_adapter(path: Path) -> StyleCrafterSdxl:
             "(stylecrafter_sdxl.safetensors) or for VideoCrafter "
             "(stylecrafter_adapter_v1.safetensors), which `stylemaster weights convert` makes"
         )
+    if not skip_check:
+        check_weights(tensors, path)
     # Projections stay mapped from the file, and are widened one by one when they are used.
     weights = {k: v.float() if is_encoder_key(k) else v for k, v in tensors.items()}
     load = load_stylecrafter_sdxl if kind == "stylecrafter_sdxl" else load_stylecrafter_video
@@ -109,6 +116,7 @@ def load_sdxl(
     device: torch.device,
     dtype: torch.dtype,
     loras: Sequence[tuple[Path, float]] = (),
+    skip_check: bool = False,
 ) -> Any:
     """Load SDXL as a pipeline of diffusers; nothing is downloaded.
 
@@ -117,9 +125,10 @@ def load_sdxl(
         device: where it runs.
         dtype: of all but the VAE, which is float32.
         loras: files with strengths, merged into the weights.
+        skip_check: do not look for NaN and infinity.
 
     Raises:
-        WeightsError: if something is missing, incomplete or of another model.
+        WeightsError: if something is missing, incomplete, of another model or not finite.
     """
     from ..models.sdxl_file import load_sdxl_file
     from ..models.sdxl_lora import merge_lora
@@ -132,7 +141,12 @@ def load_sdxl(
     for lora, scale in loras:
         with reading(lora, "a LoRA for SDXL"):
             merge_lora(pipe, lora, scale)
-    return pipe.to(device)
+    pipe = pipe.to(device)
+    if not skip_check:
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                check_module(part, path)
+    return pipe
 
 
 def _load_folder(path: Path, dtype: torch.dtype) -> Any:
@@ -171,6 +185,7 @@ def encode_style(
     crop: CropMode = "center",
     device: torch.device | str = "cpu",
     names: Sequence[str] = (),
+    skip_check: bool = False,
 ) -> Style:
     """Encode pictures that are references of one style.
 
@@ -181,6 +196,7 @@ def encode_style(
         crop: how CLIP's square is cut.
         device: where CLIP runs.
         names: of the pictures, for the provenance.
+        skip_check: do not look for NaN and infinity in CLIP.
 
     Raises:
         LayoutError, WeightsError: for pictures or files that cannot work.
@@ -190,6 +206,8 @@ def encode_style(
     code.
     """
     encoder = load_image_encoder(image_encoder, device=device, dtype=torch.float32)
+    if not skip_check:
+        check_module(encoder.model, image_encoder)
     if adapter.video_layers:
         if crop != "center":
             raise ConfigError(

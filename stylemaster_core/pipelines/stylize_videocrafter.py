@@ -19,6 +19,7 @@ from ..models.videocrafter_unet import NUM_FRAMES, VideoCrafterUNet, load_videoc
 from ..sampling.denoise_video import denoise_video
 from ..seeds import LOWEST_OF_TORCH, check_seed
 from ..weights.files import read_state_dict
+from ..weights.numbers import check_weights
 from ..weights.state_dict import Kind, describe_kind, detect_kind, shapes_of, strip_prefix
 from .stylize_sdxl import PreparedStyle
 
@@ -86,6 +87,7 @@ def load_videocrafter(
     temporal: Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    skip_check: bool = False,
 ) -> VideoCrafter:
     """Load what `stylemaster weights convert` makes of VideoCrafter's model.ckpt.
 
@@ -96,14 +98,22 @@ def load_videocrafter(
         temporal: StyleCrafter's temporal layers, which take the place of the UNet's.
         device: where to put them.
         dtype: of UNet and text encoder.
+        skip_check: do not look for NaN and infinity.
 
     Raises:
-        WeightsError: if a file is of another kind, damaged or incomplete.
+        WeightsError: if a file is of another kind, damaged, incomplete or not finite.
     """
-    layers = None if temporal is None else _read(temporal, "stylecrafter_temporal")
-    loaded = load_videocrafter_unet(_read(unet, "videocrafter_unet"), layers)
-    text = load_sd2_text(_read(text_encoder, "clip_text_open_clip"))
-    decoder = load_sd_vae(_read(vae, "sd_vae"))
+
+    def read(path: Path, wanted: Kind) -> dict[str, Tensor]:
+        tensors = _read(path, wanted)
+        if not skip_check:
+            check_weights(tensors, path)
+        return tensors
+
+    layers = None if temporal is None else read(temporal, "stylecrafter_temporal")
+    loaded = load_videocrafter_unet(read(unet, "videocrafter_unet"), layers)
+    text = load_sd2_text(read(text_encoder, "clip_text_open_clip"))
+    decoder = load_sd_vae(read(vae, "sd_vae"))
     # Not with their own `to`, which warns of a list of modules that is empty.
     nn.Module.to(loaded, device, dtype)
     nn.Module.to(decoder, device, torch.float32)

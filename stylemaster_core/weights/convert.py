@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, WeightsError
 from .files import Progress, read_state_dict, sha256_of, write_state_dict
+from .numbers import check_weights, not_finite
 from .shapes import (
     AdapterSizes,
     ControlNetSizes,
@@ -68,6 +69,7 @@ def convert(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     include_base: bool = False,
+    skip_check: bool = False,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Convert a released file to safetensors.
@@ -82,7 +84,8 @@ def convert(
       already.
 
     Keys and shapes are checked against the release's rules, with sizes read off the file. If the
-    style attention of the file is uniform, a warning is logged (`style_path_report`).
+    style attention of the file is uniform, a warning is logged (`style_path_report`). NaN and
+    infinity are refused, those that `dtype` would make, too.
 
     Args:
         source: .ckpt, .pt, .pth or .safetensors.
@@ -90,6 +93,7 @@ def convert(
         overwrite: replace existing files.
         dtype: dtype of the written tensors; None keeps the stored one.
         include_base: of the whole release, write the Wan base, too.
+        skip_check: do not look for NaN and infinity.
         progress: called while the source is hashed, with (bytes done, bytes in all).
 
     Returns:
@@ -98,8 +102,8 @@ def convert(
     Raises:
         ConfigError: if `dtype` is no floating point type, or `include_base` is asked of a file
             that holds no base.
-        WeightsError: if the file is none of these, or its tensors are not those expected, or a
-            file to be written exists.
+        WeightsError: if the file is none of these, or its tensors are not those expected, or not
+            finite, or a file to be written exists.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ConfigError(
@@ -148,6 +152,12 @@ def convert(
             f"{', '.join(existing)} exists and is not overwritten unless asked (overwrite=True, on "
             "the command line --overwrite). Choose another folder."
         )
+    if not skip_check:
+        # A base that is not written is looked at, too, for the reason above.
+        for part in [part for _, part, _ in jobs] + [base] * (kind == "stylemaster"):
+            check_weights(part, source)
+        for _, part, _ in jobs:
+            _check_range(part, dtype, source)
     origin = {"source_sha256": sha256_of(source, progress), "source_name": source.name}
     for path, (_, part, metadata) in zip(targets, jobs, strict=True):
         write_state_dict(
@@ -199,6 +209,21 @@ def _metadata(
         "base_model": known_base if is_known else CUSTOM_BASE,
         "num_blocks": str(num_blocks),
     }
+
+
+def _check_range(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, source: Path) -> None:
+    """Refuse numbers that are finite as stored, and would not be as written."""
+    if dtype is None:
+        return
+    largest = torch.finfo(dtype).max
+    for key, value in tensors.items():
+        if not value.is_floating_point() or torch.finfo(value.dtype).max <= largest:
+            continue
+        if not_finite({key: value.to(dtype)}):
+            raise WeightsError(
+                f"{source}: {key!r} holds numbers up to {value.abs().max().item():g}, and {dtype} "
+                f"ends at {largest:g}; choose bfloat16 or float32, or keep the stored type"
+            )
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

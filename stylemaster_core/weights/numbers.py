@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import WeightsError
 
@@ -36,7 +36,24 @@ def check_weights(
         WeightsError: if some are whole numbers, or NaN or infinite.
     """
     check_floating(tensors, path)
-    if bad := not_finite(tensors, device=device):
+    _refuse(not_finite(tensors, device=device), path)
+
+
+def check_module(module: nn.Module, path: str | Path) -> None:
+    """Check the weights of a loaded model for NaN and infinity, on the device where they are.
+
+    Args:
+        module: the model.
+        path: of its file or folder, for the message.
+
+    Raises:
+        WeightsError: if some are NaN or infinite.
+    """
+    _refuse(not_finite(module.state_dict()), path)
+
+
+def _refuse(bad: list[str], path: str | Path) -> None:
+    if bad:
         raise WeightsError(
             f"{path}: {_some(bad)} with NaN or infinity; the file is damaged, or its training went "
             "wrong: get it again, or take an earlier checkpoint (--skip-weight-check on the "

@@ -16,6 +16,7 @@ from stylemaster_core.data.captions import read_table
 from stylemaster_core.data.images import read_image, write_image
 from stylemaster_core.data.pairs import NewPair, make_pairs, open_pair_folder, read_pairs
 from stylemaster_core.data.views import View
+from stylemaster_core.metrics.perceptual import load_csd
 from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.small import draw_weights
 from stylemaster_core.models.style_tokens import Style, load_style, save_style
@@ -95,6 +96,13 @@ def _copied(name: str) -> Callable[[Path], Path]:
         return getattr(_small(), name)
 
     return make
+
+
+def _csd(folder: Path) -> Path:
+    weights = read_state_dict(_small().image_encoder / "model.safetensors").tensors
+    tensors = {f"backbone.{k}": v for k, v in weights.items() if not k.startswith("visual_")}
+    style = torch.ones(weights["visual_projection.weight"].shape).T.contiguous()
+    return write_state_dict(folder / "csd.safetensors", tensors | {"last_layer_style": style})
 
 
 def _cache(folder: Path) -> Path:
@@ -216,6 +224,7 @@ FORMATS: dict[str, Format] = {
     "VAE": Format(_copied("vae"), load_vae),
     "motion adapter": Format(_copied("motion_adapter"), read_state_dict),
     "image encoder folder": Format(_copied("image_encoder"), load_image_encoder),
+    "CSD": Format(_csd, load_csd),
 }
 
 # All that open what may be a pickle.

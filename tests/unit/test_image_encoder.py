@@ -225,6 +225,11 @@ def test_text_tower_from_a_folder(tmp_path):
         assert torch.allclose(embeds[:1], model(input_ids=ids).text_embeds, atol=1e-6)
     with pytest.raises(LayoutError, match="no prompt"):
         text.encode([])
+    model.text_projection.weight.data[0, 0] = torch.inf
+    model.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="text_projection.weight.* with NaN or infinity"):
+        load_clip_text(tmp_path)
+    load_clip_text(tmp_path, skip_check=True)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(WeightsError, match="CLIP text encoder"):
         load_clip_text(tmp_path)

@@ -1,13 +1,17 @@
 """Motion, retrieval and the scores of networks, on drawn clips and small random networks."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from stylemaster_core.cli import main
 from stylemaster_core.data.demo_scene import demo_clip, demo_styles
+from stylemaster_core.data.images import write_image
 from stylemaster_core.errors import (
     ConfigError,
     LayoutError,
@@ -219,6 +223,69 @@ def test_other_files_are_not_csd(tmp_path):
     write_state_dict(tmp_path / "other.safetensors", {"weight": torch.zeros(2)})
     with pytest.raises(WeightsError, match="is not CSD"):
         load_csd(tmp_path / "other.safetensors")
+
+
+def test_csd_that_is_damaged_is_named(csd_file, tmp_path):
+    """Whatever is wrong with it; the readers' own errors name no file."""
+    whole = {key: value.clone() for key, value in load_file(csd_file).items()}
+    style, patch = "last_layer_style", "backbone.vision_model.embeddings.patch_embedding.weight"
+    position = "backbone.vision_model.embeddings.position_embedding.weight"
+    changes = [
+        {style: torch.zeros(())},
+        {style: torch.zeros(3)},
+        {patch: torch.zeros(0, 3, 0, 0)},
+        {position: torch.zeros(())},
+        {position: torch.zeros(1, 64)},
+        {"backbone.vision_model.encoder.layers.": torch.zeros(1)},
+        {style: whole[style] * torch.nan},
+        {patch: whole[patch] / 0},
+        {style: torch.ones(64, 24, dtype=torch.int32)},
+    ]
+    for number, change in enumerate(changes):
+        path = tmp_path / f"csd{number}.safetensors"
+        write_state_dict(path, whole | change)
+        with pytest.raises(WeightsError, match=path.name):
+            load_csd(path)
+    load_csd(tmp_path / "csd6.safetensors", skip_check=True)
+
+
+class Inception3(torch.nn.Module):
+    """In place of art-fid's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+
+def test_art_inception_that_is_damaged_is_named(tmp_path, monkeypatch):
+    package = types.SimpleNamespace(Inception3=Inception3)
+    monkeypatch.setitem(sys.modules, "art_fid", types.SimpleNamespace(inception=package))
+    monkeypatch.setitem(sys.modules, "art_fid.inception", package)
+    path = tmp_path / "inception.safetensors"
+    for tensors, words in (
+        ({"weight": torch.zeros(3)}, "does not fit"),
+        ({"weight": torch.full((2,), torch.nan)}, "NaN or infinity"),
+        ({"other": torch.zeros(2)}, "lacks 1 weights"),
+    ):
+        write_state_dict(path, tensors, overwrite=True)
+        with pytest.raises(WeightsError, match=f"inception.safetensors.*{words}"):
+            load_art_inception(path)
+    (tmp_path / "inception.pth").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(WeightsError, match="inception.pth"):
+        load_art_inception(tmp_path / "inception.pth")
+
+
+def test_clip_with_nan_judges_nothing(tmp_path, capsys):
+    model = vision_model()
+    model.visual_projection.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "clip")
+    write_image(tmp_path / "style.png", np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "table.jsonl").write_text('{"style": "style.png", "result": "style.png"}\n')
+    command = ["evaluate", "--pairs", str(tmp_path / "table.jsonl"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--image-encoder", str(tmp_path / "clip")]) == 2
+    said = capsys.readouterr().err
+    assert "clip: 1 weights (visual_projection.weight) with NaN" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_libraries_that_are_missing_are_named(monkeypatch, tmp_path):

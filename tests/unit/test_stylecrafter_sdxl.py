@@ -30,7 +30,7 @@ from stylemaster_core.pipelines.stylize_sdxl import (
     stylize_sdxl,
 )
 from stylemaster_core.weights.convert import convert
-from stylemaster_core.weights.files import read_state_dict
+from stylemaster_core.weights.files import read_state_dict, write_state_dict
 from stylemaster_core.weights.shapes import expected_stylecrafter_sdxl_shapes
 from stylemaster_core.weights.state_dict import shapes_of
 
@@ -235,6 +235,22 @@ def test_other_files_are_refused_in_words(small, tmp_path):
     torch.save({"style_tokens": torch.ones(1, 2, 3)}, tmp_path / "style.pt")
     with pytest.raises(WeightsError, match="saved style tokens"):
         load_adapter(tmp_path / "style.pt")
+
+
+def test_weights_that_are_not_finite_are_named(small, converted, tmp_path):
+    tensors = {key: value.clone() for key, value in read_state_dict(converted).tensors.items()}
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    path = write_state_dict(tmp_path / "bad.safetensors", tensors, read_state_dict(converted)[1])
+    with pytest.raises(WeightsError, match=r"bad\.safetensors: 1 weights .*NaN"):
+        load_adapter(path)
+    load_adapter(path, skip_check=True)
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    pipe = load_sdxl(small.sdxl, **where)
+    pipe.unet.conv_in.bias.data[0] = torch.inf
+    pipe.save_pretrained(tmp_path / "sdxl")
+    with pytest.raises(WeightsError, match=r"sdxl: 1 weights \(conv_in\.bias\) with NaN"):
+        load_sdxl(tmp_path / "sdxl", **where)
+    load_sdxl(tmp_path / "sdxl", **where, skip_check=True)
 
 
 def test_tensors_that_do_not_fit(adapter, styles):

@@ -32,7 +32,7 @@ from stylemaster_core.pipelines.stylize_videocrafter import (
     stylize_videocrafter,
 )
 from stylemaster_core.weights.convert import convert
-from stylemaster_core.weights.files import read_state_dict
+from stylemaster_core.weights.files import read_state_dict, write_state_dict
 from stylemaster_core.weights.shapes import StyleCrafterSizes
 from stylemaster_core.weights.state_dict import detect_kind, shapes_of
 from stylemaster_core.weights.stylecrafter_video_keys import (
@@ -332,6 +332,18 @@ def test_scales_of_the_release_for_videos_and_for_pictures():
 def test_a_file_of_another_kind_is_named(converted):
     with pytest.raises(WeightsError, match="Stable Diffusion's VAE.*expected VideoCrafter's UNet"):
         load_videocrafter(converted[1], converted[1], converted[2])
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_part_with_nan_is_named(converted, tmp_path, part):
+    file = read_state_dict(converted[part])
+    tensors = {key: value.clone() for key, value in file.tensors.items()}
+    next(value for value in tensors.values() if value.is_floating_point()).view(-1)[0] = torch.nan
+    files = list(converted[:3])
+    files[part] = write_state_dict(tmp_path / "bad.safetensors", tensors, file.metadata)
+    with pytest.raises(WeightsError, match=r"bad\.safetensors: 1 weights .*NaN"):
+        load_videocrafter(*files)
+    load_videocrafter(*files, skip_check=True)
 
 
 def run(tmp_path, capsys, output, *options):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stylemaster_core.cli import main
 from stylemaster_core.errors import ConfigError, WeightsError
 from stylemaster_core.weights.convert import convert
 from stylemaster_core.weights.files import read_state_dict
@@ -215,3 +216,36 @@ def test_a_contrastive_projection_does_not_change_the_base(change, base, monkeyp
     shapes = expected_adapter_shapes(AdapterSizes(**change, contrastive_width=2048))
     adapter = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     assert module._adapter_metadata(adapter, Path("x"))["base_model"] == base
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_converted(tmp_path, release, controlnet, value):
+    """Nor those of the base, which is not written."""
+    names = [next(key for key in release if is_adapter_key(key) is kind) for kind in (True, False)]
+    source = tmp_path / "bad.ckpt"
+    for name in names:
+        bad = release[name].clone()
+        bad.view(-1)[0] = value
+        torch.save(release | {name: bad}, source)
+        with pytest.raises(WeightsError, match=r"bad\.ckpt: 1 weights .* with NaN or infinity"):
+            convert(source, tmp_path / "out")
+    assert main(["weights", "convert", str(source), "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+    (path,) = convert(source, tmp_path / "out", skip_check=True)
+    assert path.is_file()
+    tensors = torch.load(controlnet, weights_only=True)
+    next(iter(tensors.values())).view(-1)[0] = value
+    torch.save(tensors, controlnet)
+    with pytest.raises(WeightsError, match=r"controlnet\.ckpt: .*NaN or infinity"):
+        convert(controlnet, tmp_path / "out")
+
+
+def test_a_type_that_cannot_hold_the_numbers_is_refused(tmp_path, controlnet):
+    tensors = torch.load(controlnet, weights_only=True)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = -70000.0
+    torch.save(tensors, controlnet)
+    with pytest.raises(WeightsError, match=f"{name}.*up to 70000.*float16 ends at 65504"):
+        convert(controlnet, tmp_path / "out", dtype=torch.float16)
+    (path,) = convert(controlnet, tmp_path / "out", dtype=torch.bfloat16)
+    assert read_state_dict(path).tensors[name].view(-1)[0] == -70144
