@@ -83,7 +83,7 @@ class LoadTiny(io.ComfyNode):
             node_id="StyleMasterTinyLoader",
             display_name="Load StyleMaster Tiny",
             description="Loads stylemaster-tiny, a small trained model that comes with this pack: "
-            "restyles small videos (about 128 pixels high) in seconds on any computer, without "
+            "restyles small videos (about 256 pixels high) in minutes on any computer, without "
             "downloads. To see how everything works; for quality take the released weights.",
             search_aliases=["small model", "demo", "tiny", "no download", "cpu", "stylecrafter"],
             inputs=[

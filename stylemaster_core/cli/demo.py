@@ -1,4 +1,4 @@
-"""`stylemaster demo`: restyle a clip to three style pictures, all drawn by code, and measure it."""
+"""`stylemaster demo`: restyle a moving photograph and a drawn boat, and measure the results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
-PROMPT = "a sailing boat in a bay at sunset"
-SHOWN = 5  # frames of each clip in the contact sheet
+FRAMES, SIZE, FPS = 17, (256, 256), 16
+# The style picture, and what takes its style, by the file names of both.
+PAIRS = {"impasto": "photograph", "stained_glass": "photograph", "ink_wash": "boat"}
+SHOWN = 4  # frames of each clip in the contact sheet
 ENDING = """
 Your own video:  stylemaster stylize out.mp4 --model tiny --video in.mp4 --style picture.png
-                 (small: a short side of 128 pixels; a style picture of about 128 x 128 is best)
 In ComfyUI:      make comfy
 Real quality:    stylemaster weights download --for video-to-video      (about 20 GB)
                  then the same commands without --model tiny
@@ -30,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", description=__doc__)
     parser.set_defaults(run=run)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
-    parser.add_argument("--frames", type=int, help="of the clip; default 33")
+    parser.add_argument("--frames", type=int, help=f"of each clip; default {FRAMES}")
     parser.add_argument("--steps", type=int, help="default as --model tiny")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace results of an earlier run"
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `stylemaster demo`: three videos, a contact sheet, a table and the time taken."""
     from tqdm import tqdm
 
-    from ..data.demo_scene import FPS, TINY_FRAMES, TINY_SIZE, TINY_STYLE_PX, demo_clip, demo_styles
+    from ..data.demo_pictures import painted_styles, photograph_clip
+    from ..data.demo_scene import demo_clip
     from ..data.images import write_image
     from ..data.videos import write_video
     from ..pipelines import tiny
@@ -53,34 +55,44 @@ def run(args: argparse.Namespace) -> int:
     files = vars(tiny.tiny_files()) | {"motion_adapter": None}
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ConfigError(f"{args.out} is not empty; choose another --out, or pass --overwrite")
-    args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    clip = demo_clip(args.frames or TINY_FRAMES, *TINY_SIZE)
-    styles = demo_styles(TINY_STYLE_PX)
-    write_video(args.out / "input.mp4", clip, fps=FPS, overwrite=args.overwrite)
+    count = args.frames or FRAMES
+    clips = {"photograph": photograph_clip(count, *SIZE), "boat": demo_clip(count, *SIZE)}
+    styles = painted_styles()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, clip in clips.items():
+        write_video(args.out / f"{name}.mp4", clip, fps=FPS, overwrite=args.overwrite)
     models = Models(ModelFiles(**files), device="cpu", keep_loaded=True)
-    settings = tiny.tiny_settings(clip)
+    settings = tiny.tiny_settings(clips["boat"])
     if args.steps is not None:
         settings["num_steps"] = args.steps
-    config = StylizeConfig("video-to-video", prompt=PROMPT, **settings)
+    config = StylizeConfig("video-to-video", **settings)
     results = {}
-    for name, picture in styles.items():
-        write_image(args.out / f"style_{name}.png", picture, overwrite=args.overwrite)
-        style = encode_style(models, picture, PROMPT, name=name).style
+    for name, content in PAIRS.items():
+        write_image(args.out / f"style_{name}.png", styles[name], overwrite=args.overwrite)
+        style = encode_style(models, styles[name], "", name=name).style
         with tqdm(total=config.num_steps, desc=name, unit="step") as bar:
             result = stylize(
-                models, style, config, frames=clip, callback=lambda _, bar=bar: bar.update()
+                models,
+                style,
+                config,
+                frames=clips[content],
+                callback=lambda _, bar=bar: bar.update(),
             )
         output = args.out / f"{name}.mp4"
         write_video(output, result.frames, fps=FPS, overwrite=args.overwrite)
         results[name] = result.frames
-    rows = [("content", [_beside(None, clip), *_some(clip)])]
-    rows += [(name, [_beside(styles[name], clip), *_some(results[name])]) for name in styles]
-    sheet = contact_sheet(rows, TINY_SIZE[1] + 4)  # frames pixel by pixel
+    rows = []
+    for name, content in PAIRS.items():
+        title = name.replace("_", " ")
+        if content not in [row[0] for row in rows]:
+            rows.append((content, [_beside(None, clips[content]), *_some(clips[content])]))
+        rows.append((title, [_beside(styles[name], clips[content]), *_some(results[name])]))
+    sheet = contact_sheet(rows, SIZE[1] + 4)  # frames pixel by pixel
     write_image(args.out / "contact_sheet.png", sheet, overwrite=args.overwrite)
     seconds = time.perf_counter() - started
-    _say("\n" + "\n".join(_table(clip, styles, results)))
-    _say(f"\n{len(styles)} videos and contact_sheet.png in {args.out}/, {seconds:.0f} s")
+    _say("\n" + "\n".join(_table(clips, styles, results)))
+    _say(f"\n{len(results)} videos and contact_sheet.png in {args.out}/, {seconds:.0f} s")
     _say(ENDING.rstrip())
     return 0
 
@@ -103,25 +115,25 @@ def _beside(picture: np.ndarray | None, clip: np.ndarray) -> np.ndarray:
 
 
 def _table(
-    clip: np.ndarray, styles: dict[str, np.ndarray], results: dict[str, np.ndarray]
+    clips: dict[str, np.ndarray], styles: dict[str, np.ndarray], results: dict[str, np.ndarray]
 ) -> Sequence[str]:
-    """Measures of each result, beside those of the clip as it was."""
+    """Measures of each result, beside those of its clip as it was."""
     from ..metrics.colour import colour_distance
     from ..metrics.content import luma_correlation
     from ..metrics.motion import frame_difference_ratio
     from ..metrics.texture import gabor_distance
 
     lines = [
-        "             distance to the style picture             of the content, in the result",
-        "style        colours            texture (Gabor)        luma correlation   motion",
+        "               distance to the style picture             of the content, in the result",
+        "style          colours            texture (Gabor)        luma correlation   motion",
     ]
     for name, frames in results.items():
-        picture = styles[name][None]
+        picture, clip = styles[name][None], clips[PAIRS[name]]
         colours = [colour_distance(x, picture) for x in (clip, frames)]
         textures = [gabor_distance(x, picture) for x in (clip, frames)]
         numbers = [f"{before:.3f} -> {after:.3f}" for before, after in (colours, textures)]
         kept, motion = luma_correlation(frames, clip), frame_difference_ratio(frames, clip)
-        lines.append(f"{name:12} {numbers[0]:18} {numbers[1]:22} {kept:<18.2f} {motion:.2f} x")
+        lines.append(f"{name:14} {numbers[0]:18} {numbers[1]:22} {kept:<18.2f} {motion:.2f} x")
     return [*lines, "Left: before -> after, less is nearer to the style. Motion: change per frame."]
 
 

@@ -70,11 +70,11 @@ def small_model_settings(trainer: str) -> list[str]:
 
 def encode_settings() -> dict[str, Any]:
     """Size, frames and tile factor of the samples that it is trained on."""
-    from ..pipelines.tiny import NUM_FRAMES, SIDE_PX
+    from ..pipelines.tiny import NUM_FRAMES, TRAINED_PX
     from ..pipelines.tiny import SETTINGS as tiny
 
     return {
-        "size": [(SIDE_PX, SIDE_PX)],
+        "size": [(TRAINED_PX, TRAINED_PX)],
         "frames": NUM_FRAMES,
         "tile_factor": tiny["tile_factor"],
     }

@@ -11,7 +11,8 @@ from ..errors import WeightsError
 from .models import ModelFiles
 
 FOLDER = Path(__file__).parents[1] / "tiny"
-SIDE_PX = 128  # the short side of the videos it knows
+SIDE_PX = 256  # the short side to which what it restyles is brought
+TRAINED_PX = 128  # of what it learned from, parts of larger pictures, and of what it makes up
 NUM_FRAMES = 17  # of a video without input
 # Of `StylizeConfig`, where they differ from the release's.
 SETTINGS: dict[str, Any] = {
@@ -67,12 +68,12 @@ def tiny_settings(frames: np.ndarray | None = None, *, still: bool = False) -> d
     """Fields of `StylizeConfig` that suit the small model.
 
     Args:
-        frames: uint8 [T, H, W, 3] input, if there is one; its short side is brought to at most 128
+        frames: uint8 [T, H, W, 3] input, if there is one; its short side is brought to at most 256
             pixels, both sides to multiples of 16.
         still: one picture is made.
     """
     if frames is None:
-        size = {"size": (SIDE_PX, SIDE_PX)}
+        size = {"size": (TRAINED_PX, TRAINED_PX)}
         return SETTINGS | size | ({} if still else {"num_frames": NUM_FRAMES})
     height, width = frames.shape[1:3]
     scale = min(SIDE_PX / min(height, width), 1.0)

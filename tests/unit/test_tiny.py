@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import sys
 
+import numpy as np
 import pytest
 import torch
 
 from stylemaster_core import WeightsError
 from stylemaster_core.cli import main
+from stylemaster_core.data.demo_pictures import painted_styles, photograph_clip
 from stylemaster_core.data.demo_scene import demo_clip, demo_styles
 from stylemaster_core.data.images import read_image, write_image
 from stylemaster_core.data.videos import read_video, write_video
@@ -94,8 +98,8 @@ def test_options_take_the_place_of_its_files_and_settings(by_name, inputs, tmp_p
 def test_sizes_suit_it():
     assert tiny_settings(demo_clip(1, 48, 64))["size"] == (48, 64)
     assert tiny_settings(demo_clip(1, 90, 160))["size"] == (96, 160)
-    assert tiny_settings(demo_clip(1, 540, 960))["size"] == (128, 224)
-    assert tiny_settings(demo_clip(1, 960, 540))["size"] == (224, 128)
+    assert tiny_settings(demo_clip(1, 540, 960))["size"] == (256, 448)
+    assert tiny_settings(demo_clip(1, 960, 540))["size"] == (448, 256)
     assert "num_frames" not in tiny_settings(still=True)
 
 
@@ -105,14 +109,33 @@ def test_demo(by_name, tmp_path, capsys):
     said = capsys.readouterr().out
     for words in ("luma correlation", "--model tiny", "weights download", "make comfy"):
         assert words in said
-    assert all(f"\n{name}" in said for name in demo_styles(128))
-    names = sorted(path.name for path in out.iterdir() if path.suffix == ".mp4")
-    assert names == ["input.mp4", "mosaic.mp4", "neon.mp4", "woodcut.mp4"]
-    assert read_video(out / "neon.mp4").frames.shape == (5, 128, 192, 3)
+    results = ["impasto", "ink_wash", "stained_glass"]
+    assert all(f"\n{name} " in said for name in results)
+    names = sorted(path.stem for path in out.iterdir() if path.suffix == ".mp4")
+    assert names == sorted(["boat", "photograph", *results])
+    assert read_video(out / "ink_wash.mp4").frames.shape == (5, 256, 256, 3)
     sheet = read_image(out / "contact_sheet.png")
-    assert sheet.shape[1] == 6 * 196  # a picture and five frames
+    assert sheet.shape[1] == 5 * 260  # a picture and four frames
     assert run("demo", "--out", out) == 2
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_the_photograph_moves_and_the_painted_styles_differ():
+    clip = photograph_clip(3, 48, 64)
+    assert clip.shape == (3, 48, 64, 3) and clip.dtype == np.uint8
+    assert all(abs(a.astype(int) - b).mean() > 3 for a, b in itertools.pairwise(clip))
+    styles = painted_styles(64)
+    assert {picture.shape for picture in styles.values()} == {(64, 64, 3)}
+    chroma = {name: np.ptp(picture.astype(int), -1).mean() for name, picture in styles.items()}
+    assert chroma["ink_wash"] < 30 < min(chroma["impasto"], chroma["stained_glass"])
+    assert all((painted_styles(64)[name] == picture).all() for name, picture in styles.items())
+
+
+def test_demo_without_its_photograph_names_the_package(tmp_path, monkeypatch, capsys, by_name):
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    assert run("demo", "--out", tmp_path / "demo") == 2
+    assert "stylemaster[demo]" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
 
 
 def test_demo_says_what_is_missing(tmp_path, monkeypatch, capsys):
