@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from stylemaster_core.weights.files import read_state_dict, write_state_dict
+from stylemaster_core.weights.int8_rows import pack_rows
 
 from .samples import TEXT_LENGTH, TEXT_WIDTH
 
@@ -14,7 +15,11 @@ SHIPPED = Path(__file__).parents[2] / "stylemaster_core" / "tiny"
 
 
 def ship(out: Path, folder: Path) -> None:
-    """Write the weights of a run's stages as float16 where the pack looks for them."""
+    """Write the weights of a run's stages where the pack looks for them.
+
+    In 8 bits with a scale for each row; the VAE, whose errors would be seen, and the two encoders
+    in float16.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "transformer": "joint/transformer",
@@ -28,7 +33,8 @@ def ship(out: Path, folder: Path) -> None:
     for name, source in files.items():
         tensors, metadata = read_state_dict(out / f"{source}.safetensors")
         half = {key: value.half().contiguous() for key, value in tensors.items()}
-        write_state_dict(folder / f"{name}.safetensors", half, metadata, overwrite=True)
+        packed = half if name == "vae" else pack_rows(half)
+        write_state_dict(folder / f"{name}.safetensors", packed, metadata, overwrite=True)
     for name, source in (("image_encoder", "encoder"), ("judge", "judge")):
         (folder / name).mkdir(exist_ok=True)
         copy_encoder(out / source, folder / name)

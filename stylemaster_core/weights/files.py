@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError, DiskError, WeightsError
 from ..reading import reading
 from ..writing import written_beside
+from .int8_rows import SCALE, scale_keys, unpack_rows
 from .manifest import how_to_get
 
 logger = logging.getLogger("stylemaster")
@@ -62,7 +63,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDictFile:
         path: the weight file; its content decides the format.
 
     Returns:
-        Tensors on the CPU in their stored dtype, and metadata.
+        Tensors on the CPU in their stored dtype (8-bit rows, as `pack_rows` stores them, in
+        float16), and metadata.
 
     Raises:
         WeightsError: if the file is missing, truncated, of another kind, or holds code.
@@ -72,7 +74,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDictFile:
         if _format_of(path) == "safetensors":
             with _open_safetensors(path) as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return StateDictFile(tensors, dict(file.metadata() or {}))
+                return StateDictFile(unpack_rows(tensors), dict(file.metadata() or {}))
         return _flatten_checkpoint(_load_checkpoint(path), path)
 
 
@@ -108,6 +110,11 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
                     f"does not know. Use a file in {', '.join(_SAFETENSORS_DTYPES)}."
                 )
             keys[key] = (tuple(view.get_shape()), dtype)
+    for name in scale_keys(keys):
+        del keys[name]
+        key = name.removesuffix(SCALE)
+        if key in keys:
+            keys[key] = (keys[key][0], torch.float16)
     return keys
 
 
