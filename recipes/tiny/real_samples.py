@@ -36,6 +36,9 @@ REAL_SIZES: dict[ClipSize, float] = {
 }
 OWN_SHARE = 0.2  # of the windows: a painting from its own gray tile, another part as reference
 SMALLEST_REFERENCE = 0.8  # of the painting's side
+# Gray style pictures ask for gray results, and those of one colour for that colour.
+LOOKS = {"as it is": 0.9, "gray": 0.07, "one colour": 0.03}
+ONE_COLOUR_CONTRAST = 0.15
 CAPTIONS = ("", "a painting", "a picture", "a photograph as a painting")
 
 
@@ -110,14 +113,20 @@ def draw_real_samples(
     references: list[Tensor] = []
     for number, style in enumerate(tqdm(pairs.styles, desc="windows", disable=None)):
         rng = np.random.default_rng([seed, 13, number])
-        references += [_reference(rng, paintings[style]) for _ in range(2)]
+        look = str(rng.choice(list(LOOKS), p=list(LOOKS.values())))
+        colour = rng.uniform(15, 240, 3)
+        own_look = with_look(paintings[style], look, colour, contrast=0)
+        references += [_reference(rng, picture) for picture in (paintings[style], own_look)]
         for size, count in sizes.items():
             for _ in range(int(count + rng.random())):
                 own = rng.random() < OWN_SHARE and size.height <= PAINTING_PX
                 target = paintings[style] if own else pairs.stylized[number]
                 content = target if own else pairs.contents[number]
-                clips = _cut(rng, content, target, size)
-                jobs[size].append((*clips, 2 * number + int(rng.integers(2))))
+                content, target = _cut(rng, content, target, size)
+                second = int(rng.integers(2))
+                if second:
+                    target = with_look(target, look, colour, contrast=ONE_COLOUR_CONTRAST)
+                jobs[size].append((content, target, 2 * number + second))
     latents, controls, owners, captions = [], [], [], []
     rng = np.random.default_rng([seed, 14])
     for size, items in jobs.items():
@@ -136,6 +145,24 @@ def draw_real_samples(
     return TinySamples(
         latents, controls, captions, owners, torch.cat(patches), torch.cat(embeds), {}
     )
+
+
+def with_look(pixels: np.ndarray, look: str, colour: np.ndarray, *, contrast: float) -> np.ndarray:
+    """Pixels as they are, in gray, or of one colour with a trace of their light and shade.
+
+    Args:
+        pixels: uint8 [..., 3].
+        look: one of `LOOKS`.
+        colour: float [3], 0..255, that "one colour" takes.
+        contrast: share of light and shade that is left there.
+    """
+    if look == "as it is":
+        return pixels
+    luma = (pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
+    if look == "gray":
+        return np.broadcast_to(luma, pixels.shape).round().astype(np.uint8)
+    shade = contrast * (luma - luma.mean())
+    return (colour + shade).round().clip(0, 255).astype(np.uint8)
 
 
 def _cut(

@@ -17,7 +17,7 @@ from recipes.tiny.encoder_pool import draw_pool
 from recipes.tiny.limit import TimeLimit, TimeOver
 from recipes.tiny.profiles import PROFILES
 from recipes.tiny.real_data import RealData, draw_real_clip
-from recipes.tiny.real_samples import Motion, draw_real_samples, window
+from recipes.tiny.real_samples import Motion, draw_real_samples, window, with_look
 from recipes.tiny.samples import ClipSize
 from recipes.tiny.shards import read_shards
 from recipes.tiny.teacher import read_pairs
@@ -138,6 +138,19 @@ def test_samples_are_crops_of_pairs_and_load_with_the_drawn(real, standin, tmp_p
         for _ in range(2)
     ]
     assert torch.equal(torch.stack(again[0].latents), torch.stack(again[1].latents))
+
+
+def test_gray_and_one_coloured_looks(real):
+    picture, colour = real.pictures[0], np.array([200.0, 30.0, 90.0])
+    assert with_look(picture, "as it is", colour, contrast=0) is picture
+    gray = with_look(picture, "gray", colour, contrast=0)
+    assert (np.ptp(gray, -1) == 0).all() and gray.dtype == np.uint8
+    assert abs(gray.mean() - (picture @ np.array([0.299, 0.587, 0.114])).mean()) < 0.5
+    flat = with_look(picture, "one colour", colour, contrast=0)
+    assert (flat == colour).all()
+    shaded = with_look(picture, "one colour", colour, contrast=0.15).astype(float)
+    np.testing.assert_allclose(shaded[..., 2].std(), 0.15 * gray[..., 0].std(), rtol=0.05)
+    np.testing.assert_allclose(shaded.mean((0, 1)), colour, atol=1.5)
 
 
 def test_clips_of_the_vae_move_and_some_are_cut(real):
