@@ -1,5 +1,6 @@
 """The optimised path equals plain passes, and does less work: float64 equality and counted FLOP."""
 
+import functools
 import itertools
 
 import pytest
@@ -169,15 +170,28 @@ def test_style_range_of_steps(golden, models):
     assert (first - plain).norm() > 1e-3 and (first - always).norm() > 1e-3
 
 
-@pytest.fixture(scope="module")
-def real_size():
+def whole(flop_of, num_blocks=30):
+    """FLOP at real depth: those of a few blocks, since all but the first cost the same."""
+    one, two, three = (flop_of(blocks) for blocks in (1, 2, 3))
+    assert three - two == two - one > 0
+    return one + (num_blocks - 1) * (two - one)
+
+
+@functools.cache
+def real_width(num_blocks):
     with torch.device("meta"):
-        net = StyledWanTransformer().to(torch.bfloat16).requires_grad_(False)
-        net.style_attention = StyleAttention(30, 4096, 1536).to(torch.bfloat16)
+        net = StyledWanTransformer(num_layers=num_blocks).to(torch.bfloat16)
+        net.style_attention = StyleAttention(num_blocks, 4096, 1536).to(torch.bfloat16)
+    return net.requires_grad_(False)
+
+
+@functools.cache
+def real_control(num_blocks):
+    with torch.device("meta"):
         control = GrayTileControlNet(
-            DiffusersHost(), width=1536, ffn_width=8960, num_heads=12, num_blocks=15
-        ).to(torch.bfloat16)
-    return net.requires_grad_(False), control.requires_grad_(False)
+            DiffusersHost(), width=1536, ffn_width=8960, num_heads=12, num_blocks=num_blocks
+        )
+    return control.to(torch.bfloat16).requires_grad_(False)
 
 
 def count(run):
@@ -206,8 +220,9 @@ class MetaRegion(StyleRegion):
 PROMPT_ROWS, NEGATIVE_ROWS = 65, 127
 
 
-def step_flop(net, num_branches, control=None):
+def step_flop(num_blocks, num_branches):
     """FLOP of one step, with keys and values made beforehand."""
+    net = real_width(num_blocks)
     latents, timestep, text, style = real_inputs()
     kv, negative = (
         net.embed_text(text[:, :rows], 1, 512 - rows + 1) for rows in (PROMPT_ROWS, NEGATIVE_ROWS)
@@ -218,23 +233,33 @@ def step_flop(net, num_branches, control=None):
         wanted = [wanted[0], wanted[2]]
     prepared = net.prepare_style(regions, net.style_keys_values(regions), (), True)
     branches = [net.prepare_branch(t, prepared, styled=s) for t, s in wanted]
-    flop = count(lambda: net.velocities(latents, timestep, branches, batched=False))
-    if control is not None:
-        control_text = control.prepare_text(text[:, :PROMPT_ROWS], padding=512 - PROMPT_ROWS + 1)
-        flop += count(lambda: control(latents, timestep, control_text))
-    return flop
+    return count(lambda: net.velocities(latents, timestep, branches, batched=False))
 
 
-def test_flop_of_a_step(real_size):
-    net, control = real_size
+def control_step_flop(num_blocks, text=None):
+    """FLOP of one evaluation; keys and values of a text are made in it, of a prompt beforehand."""
+    control = real_control(num_blocks)
+    latents, timestep, prompt, _ = real_inputs()
+    if text is None:
+        text = control.prepare_text(prompt[:, :PROMPT_ROWS], padding=512 - PROMPT_ROWS + 1)
+    return count(lambda: control(latents, timestep, text))
+
+
+def test_flop_of_a_step():
     latents, timestep, text, style = real_inputs()
-    plain_pass = count(lambda: net(latents, timestep, text, style=[MetaRegion(style)]))
+
+    def plain_flop(num_blocks):
+        net = real_width(num_blocks)
+        return count(lambda: net(latents, timestep, text, style=[MetaRegion(style)]))
+
+    plain_pass = whole(plain_flop)
     assert abs(plain_pass / 283.11e12 - 1) < 0.005  # the cost model of one release pass
-    plain_control = count(lambda: control(latents, timestep, text))
-    assert step_flop(net, 3) / (3 * plain_pass) <= 0.9735
-    assert step_flop(net, 2) / (3 * plain_pass) <= 0.652
-    whole = 3 * plain_pass + plain_control
-    assert step_flop(net, 2, control) / whole <= 0.702
+    two_branches = whole(lambda num_blocks: step_flop(num_blocks, 2))
+    assert whole(lambda num_blocks: step_flop(num_blocks, 3)) / (3 * plain_pass) <= 0.9735
+    assert two_branches / (3 * plain_pass) <= 0.652
+    plain_control = whole(lambda num_blocks: control_step_flop(num_blocks, text), 15)
+    with_control = two_branches + whole(control_step_flop, 15)
+    assert with_control / (3 * plain_pass + plain_control) <= 0.702
 
 
 def test_memory_of_a_step(monkeypatch):
@@ -267,12 +292,16 @@ def test_memory_of_a_step(monkeypatch):
     assert step(False) > plain and step(True) > 2 * plain
 
 
-def test_control_flop_at_real_size(real_size):
+def test_control_flop_at_real_size():
     """36 of 50 steps cost this much, whatever the number of styles (see `test_work_done_once`)."""
-    _, control = real_size
     latents, timestep, text, _ = real_inputs()
-    prepared = control.prepare_text(text)
-    assert abs(count(lambda: control(latents, timestep, prepared)) / 143.82e12 - 1) < 0.01
+
+    def flop(num_blocks):
+        control = real_control(num_blocks)
+        prepared = control.prepare_text(text)
+        return count(lambda: control(latents, timestep, prepared))
+
+    assert abs(whole(flop, 15) / 143.82e12 - 1) < 0.01
 
 
 @pytest.mark.parametrize("styles", [0, 1, 2])
