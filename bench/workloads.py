@@ -221,9 +221,27 @@ def meta_rows(part: str, setting: Setting) -> Rows:
         return PARTS[part](setting, False)
 
 
+def row_names(part: str, setting: Setting) -> list[str]:
+    """Names of a part's rows, which are the same for any number of blocks."""
+    return list(meta_rows(part, dataclasses.replace(setting, blocks=1)))
+
+
+def _num_layers(part: str, setting: Setting) -> int:
+    if part == "controlnet":
+        return -(-setting.blocks // 2)
+    whole = {"text": TEXT_LAYERS, "image": IMAGE_LAYERS}.get(part, setting.blocks)
+    return setting.layers(whole)
+
+
 @cache
 def count_flop(part: str, name: str, setting: Setting) -> int:
     """FLOP of one row of a part."""
+    if part != "vae" and setting.blocks > 3:
+        # Guidance branches share work in block 0 alone; all later blocks cost the same.
+        small, larger = (dataclasses.replace(setting, blocks=blocks) for blocks in (1, 3))
+        first, flop = (count_flop(part, name, few) for few in (small, larger))
+        one, several, layers = (_num_layers(part, each) for each in (small, larger, setting))
+        return first + (flop - first) * (layers - one) // (several - one)
     if part == "vae" and setting.frames > 5:
         # After the first frame it works in chunks of 4, and all chunks cost the same.
         first, second = (

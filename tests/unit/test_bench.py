@@ -1,10 +1,7 @@
 """`python -m bench.generate`: its report, its options, and what it counts."""
 
 import json
-import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,25 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.generate import generation_seconds, generations, main
-from bench.workloads import PARTS, REFERENCE, Setting, building, count_flop
+from bench.workloads import PARTS, REFERENCE, Setting, building, count_flop, meta_rows
 
 ROOT = Path(__file__).parents[2]
 SMALLEST = ["--device", "cpu", "--frames", "1", "--size", "32x16", "--blocks", "1", "--repeat", "1"]
 
 
-def test_report(tmp_path):
+def test_report(tmp_path, capsys):
     out = tmp_path / "report.json"
-    command = [sys.executable, "-m", "bench.generate", *SMALLEST]
-    command += ["--parts", "transformer,step,controlnet,image", "--out", str(out)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    assert main([*SMALLEST, "--parts", "transformer,step,controlnet,image", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
@@ -62,7 +49,7 @@ def test_report(tmp_path):
 
     # A reduced setting gives no time of a generation, and its table says what was not measured.
     assert report["generation"] is None
-    measured, extrapolated = done.stdout.split("EXTRAPOLATED", 1)
+    measured, extrapolated = capsys.readouterr().out.split("EXTRAPOLATED", 1)
     assert "MEASURED at 1 frames of 32 x 16 (2 tokens), 1 blocks" in measured
     assert "NOT MEASURED" in extrapolated
     assert "283.110 TFLOP" in extrapolated and "283.110" not in measured
@@ -114,6 +101,16 @@ def test_vae_flop_grow_evenly_with_the_frames():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             run()
         assert count_flop("vae", name, setting) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("part", sorted(set(PARTS) - {"vae"}))
+def test_flop_grow_evenly_with_the_blocks(part):
+    """Hence those of 30 blocks need not be counted one by one."""
+    setting = Setting(frames=1, width=32, height=16, blocks=5)
+    for name, run in meta_rows(part, setting).items():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        assert count_flop(part, name, setting) == counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize(
