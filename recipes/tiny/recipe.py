@@ -460,7 +460,11 @@ class Recipe:
             ema_decay=0.99 if steps < 1000 else 0.998,
         )
         flow = FlowConfig(
-            shift=3.0, timesteps="logit_normal", weighting="none", text_length=TEXT_LENGTH
+            shift=3.0,
+            timesteps="logit_normal",
+            weighting="none",
+            same_noise=0.6 if self.real else 0.0,
+            text_length=TEXT_LENGTH,
         )
         style = StyleConfig(drop_style=0.08, drop_both=0.05, num_layers=2)
         config = TrainConfig(trainer, run, optimizer, flow, style, **sections)

@@ -15,7 +15,7 @@ from stylemaster_core.models.decoupled_attention import StyleRegion
 from stylemaster_core.models.motion_adapter import attached_motion
 from stylemaster_core.pipelines.encode_style import encode_style
 from stylemaster_core.pipelines.models import Models
-from stylemaster_core.pipelines.stylize import StylizeConfig
+from stylemaster_core.pipelines.stylize import StylizeConfig, draw_noise
 from stylemaster_core.sampling.denoise import denoise
 from stylemaster_core.sampling.schedules import flow_match_sigmas
 
@@ -66,7 +66,7 @@ def restyle(
         ):
             latents = denoise(
                 transformer,
-                _noise(contents[part], config.seed + start),
+                _noise(contents[part], config, start),
                 sigmas=sigmas,
                 text=text,
                 negative_text=models.encode_text([config.negative_prompt]),
@@ -84,7 +84,7 @@ def restyle(
     return results
 
 
-def _noise(contents: Clips, seed: int) -> Tensor:
+def _noise(contents: Clips, config: StylizeConfig, start: int) -> Tensor:
     shape = (1, 16, *latent_shape(*contents[0].shape[:3]))
-    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(contents))]
-    return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    seeds = range(config.seed + start, config.seed + start + len(contents))
+    return torch.cat([draw_noise(shape, seed, same=config.same_noise) for seed in seeds])

@@ -119,6 +119,12 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--window", type=int, default=81, help="frames per window of long videos")
     group.add_argument("--window-overlap", type=int, default=28, help="frames")
     group.add_argument("--batch-branches", action="store_true", help="faster, more memory")
+    group.add_argument(
+        "--same-noise",
+        action=argparse.BooleanOptionalAction,
+        help="begin every frame from the same noise: less flicker in a restyled video, from models "
+        f"that learned it (flow.same_noise); {_default('same_noise')}",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="result as one line of JSON")
     add_lora_option(add_model_options(parser), "Wan")
@@ -346,6 +352,7 @@ def _config(args: argparse.Namespace, task: Any, frames: np.ndarray | None) -> S
         "control_range": args.control_range,
         "tile_factor": args.tile_factor,
         "motion_scale": args.motion_scale,
+        "same_noise": args.same_noise,
     }
     settings |= {name: value for name, value in given.items() if value is not None}
     return StylizeConfig(

@@ -61,6 +61,7 @@ class StylizeConfig:
     motion_scale: float | None = None  # None: -0.3, of StyleCrafter's video LoRA 1
     windows: WindowConfig | None = field(default_factory=WindowConfig)
     batch_branches: bool = False
+    same_noise: bool = False  # in every frame, from the first: a restyled video flickers less
 
 
 class Stylized(NamedTuple):
@@ -120,8 +121,7 @@ def stylize(
                 clean = vae.encode(frames_to_video(source))
 
     sigmas = flow_match_sigmas(config.num_steps, shift=config.shift, denoise=config.denoise)
-    generator = torch.Generator("cpu").manual_seed(config.seed)
-    latents = torch.randn(1, 16, t, h, w, generator=generator).to(models.device)
+    latents = draw_noise((1, 16, t, h, w), config.seed, same=config.same_noise).to(models.device)
     if clean is not None:
         latents = add_noise(clean, latents, sigmas[0].item())
 
@@ -154,6 +154,18 @@ def stylize(
     with models.vae() as vae:
         decoded = video_to_frames(vae.decode(latents))
     return Stylized(padding.crop(decoded), latents.cpu())
+
+
+def draw_noise(shape: Sequence[int], seed: int, *, same: bool = False) -> Tensor:
+    """Noise of latents [B, C, t, h, w], on the CPU.
+
+    Args:
+        shape: of the latents.
+        seed: of the noise.
+        same: repeat the first frame's, the extreme of "mixed" noise in PYoCo (arXiv 2305.10474).
+    """
+    noise = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed))
+    return noise[:, :, :1].expand(*shape).clone() if same else noise
 
 
 def needed_files(config: StylizeConfig) -> list[str]:

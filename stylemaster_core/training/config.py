@@ -71,6 +71,7 @@ class FlowConfig:
     timesteps: Literal["uniform", "logit_normal"] = "uniform"  # before the shift
     weighting: Literal["bell", "none"] = "bell"  # the release's weight, or 1
     drop_text: float = 0.1  # share of samples with the empty prompt
+    same_noise: float = 0.0  # share of clips whose noise is the same in every frame, as in PYoCo
     text_length: int = 512  # tokens; shorter prompts are followed by zeros, as in sampling
 
 

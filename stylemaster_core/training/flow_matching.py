@@ -32,6 +32,7 @@ class FlowDraws:
         self.timesteps = config.flow.timesteps
         self.text_length = config.flow.text_length
         self.drop_text = config.flow.drop_text
+        self.same_noise = config.flow.same_noise
         self.drop_style = config.style.drop_style if drop_style else 0.0
         self.drop_both = config.style.drop_both if drop_style else 0.0
         self.drop_control = config.control.drop_control if "control_latents" in keys else 0.0
@@ -61,6 +62,9 @@ class FlowDraws:
             "drop_control": control_place < self.drop_control,
         }
         tensors |= {key: torch.tensor(dropping and flag) for key, flag in flags.items()}
+        # Drawn last, and not at all where it is 0: the draws above stay what they are.
+        if self.same_noise and dropping and torch.rand((), generator=generator) < self.same_noise:
+            tensors["noise"] = tensors["noise"][:, :1].expand_as(tensors["noise"])
         tensors["level"] = torch.tensor(min(level, TIMESTEPS - 1))
         return tensors
 

@@ -21,6 +21,7 @@ from stylemaster_core.data.images import read_image, write_image
 from stylemaster_core.data.videos import probe_video, read_video, write_video
 from stylemaster_core.errors import UnsupportedHostError
 from stylemaster_core.models.small import write_small_models
+from stylemaster_core.pipelines.stylize import draw_noise
 from stylemaster_core.weights.files import write_state_dict
 
 RATE = Fraction(24000, 1001)
@@ -137,6 +138,20 @@ def test_seed_and_style_decide_the_result(inputs, files, tmp_path):
     assert np.array_equal(pictures["a"], pictures["again"])
     assert not np.array_equal(pictures["a"], pictures["seed"])
     assert not np.array_equal(pictures["a"], pictures["style"])
+
+
+def test_the_same_noise_in_every_frame(inputs, files, tmp_path):
+    videos = {}
+    for name, words in (("plain", ()), ("off", ("--no-same-noise",)), ("on", ("--same-noise",))):
+        output = tmp_path / f"{name}.mp4"
+        options = ("--size", "32x32", "--frames", "9", "--style", inputs / "style.png")
+        assert run("stylize", output, *options, *words, *QUICK, *files) == 0
+        videos[name] = read_video(output).frames.astype(int)
+    assert np.array_equal(videos["plain"], videos["off"])
+    assert abs(videos["plain"] - videos["on"]).mean() > 1
+    noise = draw_noise((1, 16, 3, 4, 4), 5, same=True)
+    assert torch.equal(noise, noise[:, :, :1].expand_as(noise))
+    assert torch.equal(noise[:, :, 0], draw_noise((1, 16, 3, 4, 4), 5)[:, :, 0])
 
 
 def test_long_video_by_windows(inputs, files, tmp_path):

@@ -272,6 +272,27 @@ def test_dropout_rates_and_what_dropping_does():
     assert not any(motion(data, 0, generator_of(i), None)["drop_style"] for i in range(100))
 
 
+def test_the_same_noise_in_every_frame_changes_no_other_draw():
+    data = WORLD.dataset(1)
+    frames = data[0]["latents"].shape[1]
+    assert frames > 1
+
+    def draw(share, position=None):
+        config = config_of("style", flow=dataclasses.replace(FLOW, same_noise=share))
+        draws = FlowDraws(config, ("latents", "text"), drop_style=True)
+        return [draws(data, 0, generator_of("same", i), position) for i in range(400)]
+
+    plain, half = draw(0.0), draw(0.5)
+    same = [bool((s["noise"] == s["noise"][:, :1]).all()) for s in half]
+    assert sum(same) / len(same) == pytest.approx(0.5, abs=0.07)
+    for one, other, repeated in zip(plain, half, same, strict=True):
+        assert torch.equal(one["noise"][:, 0], other["noise"][:, 0])
+        assert torch.equal(one["noise"], other["noise"]) != repeated
+        assert all(torch.equal(one[key], other[key]) for key in one if key != "noise")
+    validation = zip(draw(0.0, 0.5), draw(1.0, 0.5), strict=True)
+    assert all(torch.equal(a["noise"], b["noise"]) for a, b in validation)
+
+
 def test_dropped_conditions_are_the_null_branches_of_guidance():
     config = config_of("style")
     trainer = create_style_trainer(
