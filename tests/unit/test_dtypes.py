@@ -54,6 +54,13 @@ def test_a_cpu_takes_bfloat16_where_flags_and_measurement_agree(processor, flags
     assert f"{speedup:.1f}" in choice.reason or not flags
 
 
+def test_nothing_is_measured_where_no_flag_speaks_for_bfloat16(monkeypatch):
+    monkeypatch.setattr(dtypes, "cpu_flags", lambda: ())
+    monkeypatch.setattr(dtypes, "_best_s", lambda operation: pytest.fail("measured"))
+    dtypes.cpu_speedup.cache_clear()
+    assert explain_dtype("auto", CPU).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("capability", "chosen"),
     [
