@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from .model_options import (
     TINY,
     TINY_STYLECRAFTER,
+    VIDEOCRAFTER,
     add_model_options,
     open_models,
     parse_size,
@@ -92,10 +93,16 @@ def _add_encode(actions: Any) -> None:
         action="append",
         metavar="WxH",
         help="may be repeated: each clip gets the most similar one; default 832x480, of the small "
-        "model 128x128",
+        "model 128x128, of VideoCrafter 512x320",
     )
-    encode.add_argument("--frames", type=int, help="of clips, 4n+1; default 81, small model 17")
-    encode.add_argument("--fps", type=float, default=16.0, help="of clips; 0 takes every frame")
+    encode.add_argument(
+        "--frames",
+        type=int,
+        help="of clips, 4n+1; default 81, small model 17; VideoCrafter: any number, default 16",
+    )
+    encode.add_argument(
+        "--fps", type=float, help="of clips, 0 takes every frame; default 16, VideoCrafter 8"
+    )
     encode.add_argument("--short", default="reject", choices=("reject", "trim"))
     encode.add_argument("--tile", action="store_true", help="gray tile of every sample")
     encode.add_argument("--tile-factor", type=int, help="default 8, of the small model 2")
@@ -110,7 +117,7 @@ def _add_encode(actions: Any) -> None:
     _add_within(encode)
     _add_process(encode)
     _add_common(encode)
-    add_model_options(encode)
+    add_model_options(encode, VIDEOCRAFTER)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -323,9 +330,7 @@ def _encode(args: argparse.Namespace) -> int:
 
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        models = open_models(args, scratch)
-        pairs = (args.source / "pairs.jsonl").is_file()
-        plan = (_pair_plan if pairs else _sample_plan)(args, models, stack)
+        plan = _plan(args, scratch, stack)
         number, count = args.process
         own = sum(len(plan.shard(i)) for i in range(number, plan.num_shards, count))
         bar = stack.enter_context(_bar("encode", own, 0))
@@ -351,6 +356,21 @@ def _encode(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace, scratch: Path, stack: ExitStack) -> CachePlan[Any, Any]:
+    pairs = (args.source / "pairs.jsonl").is_file()
+    if args.model != VIDEOCRAFTER:
+        models = open_models(args, scratch)
+        return (_pair_plan if pairs else _sample_plan)(args, models, stack)
+    from .encode_videocrafter import videocrafter_plan
+
+    if pairs:
+        raise ConfigError(
+            f"{args.source} holds illusion pairs, on which nothing of VideoCrafter is trained; "
+            "encode them without --model videocrafter, or give samples"
+        )
+    return videocrafter_plan(args, _read_samples(args))
+
+
 def _sample_plan(args: argparse.Namespace, models: Models, stack: ExitStack) -> CachePlan[Any, Any]:
     from ..data.cache import hash_models
     from ..data.cache_writer import CachePlan, Entry
@@ -372,7 +392,7 @@ def _sample_plan(args: argparse.Namespace, models: Models, stack: ExitStack) -> 
     clip = ClipConfig(
         sizes=tuple(wanted["size"]),
         num_frames=wanted["frames"],
-        fps=args.fps or None,
+        fps=(16.0 if args.fps is None else args.fps) or None,
         short=args.short,
     )
     config = EncodeConfig(
@@ -425,7 +445,9 @@ def _files(models: Models, *names: str) -> dict[str, Path]:
 
 def _settings(config: EncodeConfig) -> dict[str, Any]:
     settings = asdict(config)
-    return settings.pop("clip") | settings
+    clip = settings.pop("clip")
+    del clip["frame_stride"]  # always Wan's; caches of earlier versions do not name it
+    return clip | settings
 
 
 def _check(args: argparse.Namespace) -> int:

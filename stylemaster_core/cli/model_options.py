@@ -15,6 +15,7 @@ from ..pipelines.models import ModelFiles, Models
 from ..pipelines.tiny import tiny_files
 
 RANDOM = "small-random"
+VIDEOCRAFTER = "videocrafter"
 TINY, TINY_STYLECRAFTER = "tiny", "tiny-stylecrafter"
 # Where ComfyUI users already have the files; the first that exists is taken.
 DEFAULT_FILES: dict[str, tuple[str, ...]] = {
@@ -33,12 +34,17 @@ DEFAULT_FILES: dict[str, tuple[str, ...]] = {
 }
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Options for files, device and memory; returns the group of the files."""
+def add_model_options(parser: argparse.ArgumentParser, *others: str) -> argparse._ArgumentGroup:
+    """Options for files, device and memory; returns the group of the files.
+
+    Args:
+        parser: gets them.
+        others: choices of `--model` beside those that `open_models` knows.
+    """
     group = parser.add_argument_group("models")
     group.add_argument(
         "--model",
-        choices=("wan2.1-1.3b", TINY, TINY_STYLECRAFTER, RANDOM),
+        choices=("wan2.1-1.3b", TINY, TINY_STYLECRAFTER, RANDOM, *others),
         default="wan2.1-1.3b",
         help=f"{TINY}: the small trained model that comes with this package, for small videos; "
         f"{TINY_STYLECRAFTER}: the same with StyleCrafter's adapter; "

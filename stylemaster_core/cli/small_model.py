@@ -51,6 +51,10 @@ def small_model_files(trainer: str, model: str, files: ModelFiles | None = None)
         ConfigError: if the trainer trains another kind of adapter.
         WeightsError: if files are missing.
     """
+    if trainer.startswith("videocrafter"):
+        raise ConfigError(
+            f"the trainer {trainer!r} trains no part of {model}; name the files of VideoCrafter"
+        )
     stylecrafter = model.endswith("stylecrafter")
     if stylecrafter != trainer.startswith("stylecrafter") and trainer != "base":
         right = "tiny" if stylecrafter else "tiny-stylecrafter"

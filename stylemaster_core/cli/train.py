@@ -19,11 +19,12 @@ TRAINERS = {
     "base": "a small base transformer, from text alone",
     "stylecrafter": "a StyleCrafter adapter for Wan, on pictures",
     "stylecrafter-video": "a LoRA by which a StyleCrafter adapter serves videos, on clips",
+    "videocrafter-adapter": "a StyleCrafter adapter for VideoCrafter, on pictures",
 }
 SHORT = {"steps": "run.num_steps", "batch_size": "run.batch_size", "seed": "run.seed"}
 SHORT |= {"lr": "optimizer.lr", "accumulation": "run.accumulation"}
 FILES = ("base", "adapter", "controlnet", "motion_adapter", "global_projection")
-DROPS_STYLE = ("style", "control", "stylecrafter", "stylecrafter-video")
+DROPS_STYLE = ("style", "control", "stylecrafter", "stylecrafter-video", "videocrafter-adapter")
 STOPPED = 130
 
 
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         validation=validation,
         resume=args.resume,
         cpu=args.cpu,
-        decode=_decoder(args.vae, args.cpu) if config.run.sample_every else None,
+        decode=_decoder(config.trainer, args.vae, args.cpu) if config.run.sample_every else None,
         progress=not args.no_progress,
     )
     return 0 if result.finished else STOPPED
@@ -192,16 +193,14 @@ def _null_text(args: argparse.Namespace, data: Any) -> Any:
     return features
 
 
-def _decoder(vae: Path | None, cpu: bool) -> Callable[[Any], Any] | None:
+def _decoder(trainer: str, vae: Path | None, cpu: bool) -> Callable[[Any], Any] | None:
     if vae is None:
         return None
-    from ..dtypes import choose_dtype
     from ..layouts import video_to_frames
-    from ..models.vae import load_vae
     from ..pipelines.models import choose_device
 
     device = choose_device("cpu" if cpu else "auto")
-    model = load_vae(vae, device="cpu", dtype=choose_dtype("auto", device))
+    model = _open_vae(trainer, vae, device)
 
     def decode(latents: Any) -> Any:
         # Only for the moment on the GPU, whose memory the training needs.
@@ -212,6 +211,17 @@ def _decoder(vae: Path | None, cpu: bool) -> Callable[[Any], Any] | None:
             model.to("cpu")
 
     return decode
+
+
+def _open_vae(trainer: str, path: Path, device: Any) -> Any:
+    from ..dtypes import choose_dtype
+    from ..models.vae import load_vae
+
+    if trainer.startswith("videocrafter"):
+        from ..pipelines.stylize_videocrafter import load_frame_vae
+
+        return load_frame_vae(path)
+    return load_vae(path, device="cpu", dtype=choose_dtype("auto", device))
 
 
 def _num_processes() -> int:

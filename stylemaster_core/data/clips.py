@@ -32,19 +32,21 @@ class ClipConfig:
     Attributes:
         sizes: (height, width) in pixels, multiples of 16; a clip gets the one of the most similar
             shape.
-        num_frames: 4n+1; pictures have one frame whatever this is.
+        num_frames: 4n+1, or as `frame_stride` says; pictures have one frame whatever this is.
         fps: frames are picked at this rate; None takes every frame.
         short: what becomes of clips with fewer frames: reported and left out, or cut to the largest
             4n+1 that they have.
+        frame_stride: frames that the VAE makes one of: Wan's 4; with 1 any number of frames does.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((480, 832),)
     num_frames: int = 81
     fps: float | None = 16.0
     short: Short = "reject"
+    frame_stride: int = TEMPORAL_STRIDE
 
     def __post_init__(self) -> None:
-        check_num_frames(self.num_frames)
+        check_num_frames(self.num_frames, self.frame_stride)
         if not self.sizes:
             raise ConfigError("no size for the clips; give at least one, such as 832x480")
         for height, width in self.sizes:
@@ -72,7 +74,7 @@ def load_clip(sample: Sample, config: ClipConfig) -> Clip:
         LayoutError: if the file is missing or damaged, or has too few frames.
     """
     if sample.repeat is not None:
-        check_num_frames(sample.repeat)
+        check_num_frames(sample.repeat, config.frame_stride)
         picture = read_image(sample.media)
         small = cover_resize_frames(picture[None], *choose_size(picture.shape, config.sizes))
         return Clip(still_clip(small[0], sample.repeat), picture)
@@ -131,4 +133,4 @@ def _shortened(frames: np.ndarray, path: Path, config: ClipConfig) -> np.ndarray
             f"{path} has {len(frames)} frames{rate}, {config.num_frames} are wanted; use longer "
             "clips, fewer frames, or trim short ones"
         )
-    return frames[: (len(frames) - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1]
+    return frames[: (len(frames) - 1) // config.frame_stride * config.frame_stride + 1]

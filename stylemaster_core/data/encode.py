@@ -111,14 +111,15 @@ def encode_sample(
     if sample.tile or config.tile:
         tile = gray_tile(frames, *frames.shape[1:3], factor=config.tile_factor)
         tensors["control_latents"] = encoders.vae.encode(tile[None])[0]
-    return _stored(tensors, config.dtype)
+    return stored_tensors(tensors, config.dtype)
 
 
 @torch.no_grad()
 def encode_null_text(text_encoder: TextEncoder, dtype: StoreDtype) -> Tensor:
     """Features [L, D] of the empty prompt, without padding: what a dropped caption becomes."""
     text = _unpadded(text_encoder.encode([""])[0])
-    return _stored({"features of the empty prompt": text}, dtype)["features of the empty prompt"]
+    name = "features of the empty prompt"
+    return stored_tensors({name: text}, dtype)[name]
 
 
 def load_pair_pixels(pair: Pair, image_size: int = 224, crop: CropMode = "center") -> Tensor:
@@ -139,7 +140,7 @@ def encode_pair(
 ) -> dict[str, Tensor]:
     """Encode a pair: `first_embeds` [E] and `second_embeds` [E]."""
     embeds = image_encoder.encode(pixels).image_embeds
-    return _stored({"first_embeds": embeds[0], "second_embeds": embeds[1]}, dtype)
+    return stored_tensors({"first_embeds": embeds[0], "second_embeds": embeds[1]}, dtype)
 
 
 def sample_bytes(sample: Sample, config: EncodeConfig) -> int:
@@ -156,7 +157,12 @@ def _unpadded(text: Tensor) -> Tensor:
     return text[:length]
 
 
-def _stored(tensors: dict[str, Tensor], dtype: StoreDtype) -> dict[str, Tensor]:
+def stored_tensors(tensors: dict[str, Tensor], dtype: StoreDtype) -> dict[str, Tensor]:
+    """Tensors as a cache holds them: on the CPU, in its dtype.
+
+    Raises:
+        LayoutError: if something is not finite, as in a dtype too small for it.
+    """
     stored = {key: value.to("cpu", getattr(torch, dtype)) for key, value in tensors.items()}
     for key, value in stored.items():
         if not torch.isfinite(value).all():

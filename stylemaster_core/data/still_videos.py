@@ -9,7 +9,7 @@ import numpy as np
 from einops import repeat
 
 from ..errors import ConfigError
-from ..layouts import padded_num_frames
+from ..layouts import TEMPORAL_STRIDE
 from .images import check_image
 from .samples import Sample, is_video
 
@@ -36,11 +36,16 @@ def still_clip(image: np.ndarray, num_frames: int) -> np.ndarray:
     return repeat(check_image(image), "h w c -> t h w c", t=num_frames)
 
 
-def check_num_frames(num_frames: int) -> None:
-    """Check that a clip's length is 4n+1, as the VAE needs.
+def check_num_frames(num_frames: int, stride: int = TEMPORAL_STRIDE) -> None:
+    """Check that a clip's length is 4n+1, as Wan's VAE needs.
+
+    Args:
+        num_frames: length of the clip.
+        stride: frames that the VAE makes one of; with 1 any length does.
 
     Raises:
         ConfigError: if not.
     """
-    if num_frames < 1 or padded_num_frames(num_frames) != num_frames:
-        raise ConfigError(f"{num_frames} frames; expected 4n+1: 1, 5, 9, ..., 81")
+    if num_frames < 1 or (num_frames - 1) % stride:
+        lengths = f"{stride}n+1: 1, 5, 9, ..., 81" if stride == TEMPORAL_STRIDE else "at least 1"
+        raise ConfigError(f"{num_frames} frames; expected {lengths}")

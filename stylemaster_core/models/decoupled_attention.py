@@ -107,10 +107,14 @@ class BlockStyle(NamedTuple):
     norms: tuple[Norm, ...] = ()  # per region, each [B or 1, 1, D]; empty: there are none
 
     def of_rows(self, samples: Sequence[int]) -> BlockStyle:
-        """For rows that are these samples: keys and values of 1 are for all, norms may differ."""
+        """For rows that are these samples; what has 1 row is for all of them."""
+
+        def of_all(x: Tensor) -> Tensor:
+            return _rows(x, samples).expand(len(samples), -1, -1)
+
         return self._replace(
-            keys=tuple(keys.expand(len(samples), -1, -1) for keys in self.keys),
-            values=tuple(values.expand(len(samples), -1, -1) for values in self.values),
+            keys=tuple(map(of_all, self.keys)),
+            values=tuple(map(of_all, self.values)),
             norms=tuple(
                 (_rows(weight, samples), _rows(bias, samples)) for weight, bias in self.norms
             ),

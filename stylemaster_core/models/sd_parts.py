@@ -48,6 +48,37 @@ class TextEncoder:
         return self.model(input_ids=tokens.input_ids.to(device)).last_hidden_state
 
 
+class FrameVAE:
+    """SD's VAE, which takes a video frame by frame; all of them at once need more memory."""
+
+    def __init__(self, model: AutoencoderKL) -> None:
+        self.model = model
+
+    def to(self, device: torch.device | str) -> FrameVAE:
+        """Move the weights, and return this VAE; it computes in float32."""
+        nn.Module.to(self.model, device, torch.float32)
+        return self
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """[1, 3, T, H, W] in -1..1 -> latents [1, 4, T, H/8, W/8] of about unit scale.
+
+        Source: VideoCrafter's released code; deviation: the mean of the VAE's distribution instead
+        of a draw from it.
+        """
+        rows = video[0].transpose(0, 1).to(self.model.device)
+        made: list[Any] = [self.model.encode(row) for row in rows.split(1)]
+        means = torch.cat([encoded.latent_dist.mode() for encoded in made])
+        return means.mul(LATENT_SCALE).transpose(0, 1)[None]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [1, 4, T, h, w] of about unit scale -> [1, 3, T, 8 h, 8 w]."""
+        rows = latents[0].transpose(0, 1).to(self.model.device, torch.float32) / LATENT_SCALE
+        frames = [self.model.decode(row, return_dict=False)[0] for row in rows.split(1)]
+        return torch.cat(frames).transpose(0, 1)[None]
+
+
 def load_sd_vae(tensors: Mapping[str, Tensor]) -> AutoencoderKL:
     """Build SD's VAE (kl-f8) from the original's names, "encoder.down.0...".
 

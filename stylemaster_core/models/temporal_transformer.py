@@ -110,8 +110,13 @@ class TemporalBlock(nn.Module):
 class TemporalTransformer(nn.Module):
     """A residual over the frames of a video (names of the release).
 
+    Attributes:
+        rests_on_pictures: a picture is returned as it is; otherwise it is a video of one frame.
+
     Source: VideoCrafter's released code; deviation: none.
     """
+
+    rests_on_pictures = True
 
     def __init__(
         self,
@@ -158,7 +163,7 @@ class TemporalTransformer(nn.Module):
         Returns:
             [B * T, C, h, w].
         """
-        if num_frames == 1:
+        if num_frames == 1 and self.rests_on_pictures:
             return hidden_states
         height, width = hidden_states.shape[-2:]
         video = rearrange(hidden_states, "(b t) c h w -> b c t h w", t=num_frames)

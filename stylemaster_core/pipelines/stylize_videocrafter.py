@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutError, WeightsError
-from ..models.sd_parts import LATENT_SCALE, TextEncoder, load_sd2_text, load_sd_vae
+from ..layouts import video_to_frames
+from ..models.sd_parts import FrameVAE, TextEncoder, load_sd2_text, load_sd_vae
 from ..models.stylecrafter_sdxl import StyleCrafterSdxl
 from ..models.videocrafter_unet import NUM_FRAMES, VideoCrafterUNet, load_videocrafter_unet
 from ..sampling.denoise_video import denoise_video
@@ -75,7 +76,7 @@ class VideoCrafter(NamedTuple):
     """The models."""
 
     unet: VideoCrafterUNet
-    vae: Any  # diffusers' AutoencoderKL
+    vae: FrameVAE
     text_encoder: TextEncoder
 
 
@@ -103,24 +104,40 @@ def load_videocrafter(
     Raises:
         WeightsError: if a file is of another kind, damaged, incomplete or not finite.
     """
-
-    def read(path: Path, wanted: Kind) -> dict[str, Tensor]:
-        tensors = _read(path, wanted)
-        if not skip_check:
-            check_weights(tensors, path)
-        return tensors
-
-    layers = None if temporal is None else read(temporal, "stylecrafter_temporal")
-    loaded = load_videocrafter_unet(read(unet, "videocrafter_unet"), layers)
-    text = load_sd2_text(read(text_encoder, "clip_text_open_clip"))
-    decoder = load_sd_vae(read(vae, "sd_vae"))
-    # Not with their own `to`, which warns of a list of modules that is empty.
+    layers = None if temporal is None else _read(temporal, "stylecrafter_temporal", skip_check)
+    loaded = load_videocrafter_unet(_read(unet, "videocrafter_unet", skip_check), layers)
+    text = load_text_encoder(text_encoder, device=device, dtype=dtype, skip_check=skip_check)
+    # Not with its own `to`, which warns of a list of modules that is empty.
     nn.Module.to(loaded, device, dtype)
-    nn.Module.to(decoder, device, torch.float32)
-    return VideoCrafter(loaded, decoder, TextEncoder(text.to(device, dtype)))
+    return VideoCrafter(loaded, load_frame_vae(vae, skip_check=skip_check).to(device), text)
 
 
-def _read(path: Path, wanted: Kind) -> dict[str, Tensor]:
+def load_frame_vae(path: Path, *, skip_check: bool = False) -> FrameVAE:
+    """Read SD's VAE.
+
+    Raises:
+        WeightsError: if the file is of another kind, damaged, incomplete or not finite.
+    """
+    return FrameVAE(load_sd_vae(_read(path, "sd_vae", skip_check))).to("cpu")
+
+
+def load_text_encoder(
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    skip_check: bool = False,
+) -> TextEncoder:
+    """Read SD 2's text encoder.
+
+    Raises:
+        WeightsError: if the file is of another kind, damaged, incomplete or not finite.
+    """
+    model = load_sd2_text(_read(path, "clip_text_open_clip", skip_check))
+    return TextEncoder(model.to(device, dtype))
+
+
+def _read(path: Path, wanted: Kind, skip_check: bool) -> dict[str, Tensor]:
     tensors = strip_prefix(read_state_dict(path).tensors)
     kind = detect_kind(shapes_of(tensors))
     if kind != wanted:
@@ -128,6 +145,8 @@ def _read(path: Path, wanted: Kind) -> dict[str, Tensor]:
             f"{path} is {describe_kind(kind)}; expected {describe_kind(wanted).split(';')[0]} "
             "(`stylemaster weights convert` makes it of the released checkpoint)"
         )
+    if not skip_check:
+        check_weights(tensors, path)
     return tensors
 
 
@@ -207,11 +226,4 @@ def stylize_videocrafter(
         callback=lambda number, _: callback(number),
     )
     stage("decoding")
-    return np.stack([_decode(models.vae, frame) for frame in latents])
-
-
-def _decode(vae: Any, latents: Tensor) -> np.ndarray:
-    """One frame at a time, as the memory for all of them is not always there."""
-    pictures = vae.decode(latents[None].to(vae.dtype) / LATENT_SCALE, return_dict=False)[0]
-    pixels = ((pictures[0].float().clamp(-1, 1) + 1) * 127.5).round()
-    return pixels.permute(1, 2, 0).to(torch.uint8).cpu().numpy()
+    return video_to_frames(models.vae.decode(latents.transpose(0, 1)[None]))

@@ -16,7 +16,14 @@ from ..models.texture_selector import SelectionMode
 from ..reading import reading
 
 TrainerName = Literal[
-    "global-projection", "style", "motion", "control", "base", "stylecrafter", "stylecrafter-video"
+    "global-projection",
+    "style",
+    "motion",
+    "control",
+    "base",
+    "stylecrafter",
+    "stylecrafter-video",
+    "videocrafter-adapter",
 ]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -134,20 +141,21 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class StyleCrafterConfig:
-    """StyleCrafter on Wan: sizes of a new adapter, and the second stage."""
+    """StyleCrafter on Wan or VideoCrafter: sizes of a new adapter, and the second stage."""
 
     num_tokens: int = 16
     num_layers: int = 3  # of the query transformer
     num_heads: int | None = None  # of the query transformer; None: width / 64
-    scale_width: int = 512  # of the scale predictor
+    scale_width: int = 512  # of the scale predictor; on VideoCrafter it is that of the text
     scale_num_layers: int = 2
     scale_num_heads: int | None = None  # None: width / 64
-    norm: bool = True  # LayerNorm of the style branch; it starts at 0, so at the base model
+    norm: bool = True  # LayerNorm of the style branch on Wan; it starts at 0: at the base model
     # What the first stage trains: "scales" is the scale predictor alone (a new one says gain 1),
     # "style" all the rest.
     train: Literal["all", "style", "scales"] = "all"
-    rank: int = 32  # of the second stage's LoRA
+    rank: int = 32  # of the second stage's LoRA on Wan
     image_share: float = 0.2  # of the second stage's samples
+    fps: float | None = None  # that VideoCrafter2 is told; None: the one the data were encoded at
 
 
 @dataclass(frozen=True)
@@ -325,6 +333,7 @@ def _check(config: TrainConfig) -> None:
         "flow.shift": flow.shift,
         "projection.margin": projection.margin,
         "projection.temperature": projection.temperature,
+        "stylecrafter.fps": 1.0 if config.stylecrafter.fps is None else config.stylecrafter.fps,
     }
     rules = [
         *((n, v, v >= 1, "at least 1") for n, v in at_least_one.items()),
@@ -349,6 +358,8 @@ _BIG = RunConfig(
 )
 
 _NO_DROPOUT = FlowConfig(drop_text=0.0), StyleConfig(drop_style=0.0, drop_both=0.0)
+
+_VIDEOCRAFTER = StyleCrafterConfig(num_tokens=8, num_heads=8, scale_num_heads=8)
 
 PRESETS: dict[str, TrainConfig] = {
     # Paper, sec. 3.1: triplet and MSE, lr 1e-4, 10k pairs. The number of steps is ours.
@@ -408,6 +419,23 @@ PRESETS: dict[str, TrainConfig] = {
         OptimizerConfig(lr=5e-5, weight_decay=0.0),
         *_NO_DROPOUT,
     ),
+    # StyleCrafter's own stage 1, on VideoCrafter: 40k steps of 256 pictures. Its learning rate is
+    # not published; that of its SDXL version stands here.
+    "videocrafter-images": TrainConfig(
+        "videocrafter-adapter",
+        dataclasses.replace(
+            _BIG,
+            num_steps=40_000,
+            batch_size=32,
+            accumulation=8,
+            save_every=1000,
+            sample_text_scale=6.0,
+            sample_style_scale=0.0,
+        ),
+        OptimizerConfig(lr=5e-5, weight_decay=0.0),
+        *_NO_DROPOUT,
+        stylecrafter=_VIDEOCRAFTER,
+    ),
     "base": TrainConfig(
         "base",
         RunConfig(num_steps=20_000, batch_size=64, precision="auto", num_workers=2),
@@ -420,4 +448,5 @@ DEFAULT_PRESET: dict[str, str] = {
     "style": "style-images",
     "stylecrafter": "stylecrafter-images",
     "stylecrafter-video": "stylecrafter-clips",
+    "videocrafter-adapter": "videocrafter-images",
 }

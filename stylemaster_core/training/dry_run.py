@@ -111,7 +111,8 @@ def describe(trainer: Trainer, data: TrainingData, num_processes: int = 1) -> st
     lines.append("memory of each device, estimated")
     estimate = estimate_memory(trainer, data)
     lines += [f"  {name:12}{value / 1e9:9.3f} GB" for name, value in estimate._asdict().items()]
-    lines.append(f"  {'in all':12}{estimate.total / 1e9:9.3f} GB")
+    without = "" if list(trainer.blocks()) else ", without activations"
+    lines.append(f"  {'in all':12}{estimate.total / 1e9:9.3f} GB{without}")
     lines.append(f"disk, at most {disk_bytes(trainer) / 1e9:.3f} GB")
     return "\n".join(lines)
 

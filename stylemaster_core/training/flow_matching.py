@@ -10,67 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError, LayoutError
+from ..errors import LayoutError
 from ..sampling.denoise import Callback, denoise
-from ..sampling.schedules import TIMESTEPS, add_noise, flow_match_sigmas
+from ..sampling.schedules import add_noise, flow_match_sigmas
 from .config import TrainConfig
+from .denoising import DenoisingDraws, DenoisingTrainer
 from .gradient_checkpointing import checkpoint_transformer
 from .losses import flow_match_losses, training_schedule
 from .precision import settle_precision
 from .samples import Sample, TrainingData, generator_of
-from .trainer import Trainer
 
 StateDict = Mapping[str, Tensor]
 STYLE_KEYS = ("patch_features", "image_embeds", "shuffled_embeds")
 
 
-class FlowDraws:
-    """Noise, timestep and dropout of each sample."""
+class FlowDraws(DenoisingDraws):
+    """Noise, timestep and dropout of each sample; the text is padded."""
 
     def __init__(self, config: TrainConfig, keys: Sequence[str], *, drop_style: bool) -> None:
-        self.keys = tuple(keys)
-        self.timesteps = config.flow.timesteps
+        super().__init__(config, keys, drop_style=drop_style)
         self.text_length = config.flow.text_length
-        self.drop_text = config.flow.drop_text
-        self.same_noise = config.flow.same_noise
-        self.drop_style = config.style.drop_style if drop_style else 0.0
-        self.drop_both = config.style.drop_both if drop_style else 0.0
-        self.drop_control = config.control.drop_control if "control_latents" in keys else 0.0
-
-    def __call__(
-        self,
-        dataset: TrainingData,
-        index: int,
-        generator: torch.Generator,
-        position: float | None,
-    ) -> Sample:
-        """Tensors of the sample; `noise`, `level` (index of the noise level) and `drop_*` flags."""
-        sample = dataset[index]
-        tensors = self.read(sample)
-        tensors["noise"] = torch.randn(tensors["latents"].shape, generator=generator)
-        if self.timesteps == "uniform":
-            drawn = torch.rand((), generator=generator).item()
-        else:
-            drawn = torch.randn((), generator=generator).sigmoid().item()
-        place, control_place = torch.rand(2, generator=generator).tolist()
-        both, text = self.drop_both, self.drop_both + self.drop_text
-        dropping = position is None
-        level = int((drawn if position is None else position) * TIMESTEPS)
-        flags = {
-            "drop_text": place < text,
-            "drop_style": place < both or text <= place < text + self.drop_style,
-            "drop_control": control_place < self.drop_control,
-        }
-        tensors |= {key: torch.tensor(dropping and flag) for key, flag in flags.items()}
-        # Drawn last, and not at all where it is 0: the draws above stay what they are.
-        if self.same_noise and dropping and torch.rand((), generator=generator) < self.same_noise:
-            tensors["noise"] = tensors["noise"][:, :1].expand_as(tensors["noise"])
-        tensors["level"] = torch.tensor(min(level, TIMESTEPS - 1))
-        return tensors
 
     def read(self, sample: Sample) -> Sample:
         """The tensors that the trainer reads, the text padded, all float32."""
-        tensors = {key: sample[key].float() for key in self.keys}
+        tensors = super().read(sample)
         return tensors | {"text": pad_text(tensors["text"], self.text_length)}
 
 
@@ -88,7 +51,7 @@ def pad_text(text: Tensor, length: int) -> Tensor:
     return F.pad(text, (0, 0, 0, length - text.shape[0]))
 
 
-class FlowMatchTrainer(Trainer):
+class FlowMatchTrainer(DenoisingTrainer):
     """Trains a part of the video transformer by flow matching.
 
     Subclasses say how the velocity is predicted (`velocity`) and what is written (`outputs`).
@@ -120,20 +83,11 @@ class FlowMatchTrainer(Trainer):
         Raises:
             ConfigError: if text is dropped and there is no `null_text`.
         """
-        super().__init__()
-        if null_text is None and draws.drop_text + draws.drop_both > 0:
-            raise ConfigError(
-                "text dropout needs the features of the empty prompt, and the data have none; "
-                "encode the data again, or set flow.drop_text=0 and style.drop_both=0"
-            )
-        if null_text is None and config.run.sample_every and config.run.sample_text_scale != 1:
-            raise ConfigError(
-                "guided samples need the features of the empty prompt, and the data have none; "
-                "encode the data again, or set run.sample_text_scale=1"
-            )
-        self.config = config = settle_precision(config)
-        self.draws = self.flow_draws = draws
-        self.provenance = dict(provenance or {})
+        if null_text is not None:
+            null_text = pad_text(null_text.float(), config.flow.text_length)
+        super().__init__(config, draws, null_text=null_text, provenance=provenance)
+        config = self.config
+        self.flow_draws = draws
         self.transformer = transformer
         checkpoint_transformer(transformer, config.run.checkpoint_blocks)
         if config.run.compile_blocks:
@@ -145,9 +99,6 @@ class FlowMatchTrainer(Trainer):
         self.register_buffer("sigmas", schedule.sigmas, persistent=False)
         self.register_buffer("timesteps", schedule.timesteps, persistent=False)
         self.register_buffer("weights", weights, persistent=False)
-        if null_text is not None:
-            null_text = pad_text(null_text.float(), config.flow.text_length)
-        self.register_buffer("null_text", null_text, persistent=False)
 
     def velocity(self, noisy: Tensor, timestep: Tensor, text: Tensor, batch: Sample) -> Tensor:
         """Predicted velocity [B, 16, t, h, w] of noisy latents."""
@@ -157,14 +108,8 @@ class FlowMatchTrainer(Trainer):
         """Weighted flow-matching loss of each sample."""
         level, clean, noise = batch["level"], batch["latents"], batch["noise"]
         noisy = add_noise(clean, noise, self.sigmas[level])
-        velocity = self.velocity(noisy, self.timesteps[level], self._text(batch), batch)
+        velocity = self.velocity(noisy, self.timesteps[level], self.text_of(batch), batch)
         return flow_match_losses(velocity, clean, noise, self.weights[level])
-
-    def _text(self, batch: Sample) -> Tensor:
-        text = batch["text"]
-        if not isinstance(self.null_text, Tensor):
-            return text
-        return torch.where(batch["drop_text"][:, None, None], self.null_text.to(text), text)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], num_samples: int) -> None:
         """Latents, text and control of a sample against the transformer."""

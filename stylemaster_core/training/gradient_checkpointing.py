@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models.gray_tile_controlnet import DiffusersHost
+from ..models.temporal_transformer import TemporalTransformer
 
 
 def checkpoint_transformer(transformer: Any, every: int) -> None:
@@ -20,6 +24,16 @@ def checkpoint_transformer(transformer: Any, every: int) -> None:
 
     transformer.gradient_checkpointing = bool(chosen)
     transformer._gradient_checkpointing_func = run
+
+
+def checkpoint_unet(unet: Any, every: int) -> None:
+    """Let every `every`-th residual or transformer block of a UNet be recomputed; 0 for none."""
+    kinds = (ResnetBlock2D, BasicTransformerBlock, TemporalTransformer)
+    blocks = [module for module in unet.modules() if isinstance(module, kinds)]
+    for block in blocks[::every] if every else ():
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 class CheckpointedHost(DiffusersHost):

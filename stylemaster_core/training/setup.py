@@ -37,6 +37,7 @@ from .stylecrafter import (
     heads_as_trained,
 )
 from .trainer import Trainer
+from .videocrafter import create_videocrafter_adapter_trainer
 
 logger = logging.getLogger("stylemaster")
 
@@ -47,7 +48,8 @@ _KINDS = {
     "motion_adapter": {"motion_adapter"},
     "global_projection": {"style_adapter"},
 }
-_STYLECRAFTER = {"stylecrafter_wan"}
+_STYLECRAFTER = {"adapter": {"stylecrafter_wan"}}
+_VIDEOCRAFTER = {"base": {"videocrafter_unet"}, "adapter": {"stylecrafter_video"}}
 _USED: dict[str, tuple[str, ...]] = {
     "global-projection": ("global_projection",),
     "style": ("base", "adapter", "global_projection"),
@@ -56,6 +58,7 @@ _USED: dict[str, tuple[str, ...]] = {
     "base": ("base",),
     "stylecrafter": ("base", "adapter"),
     "stylecrafter-video": ("base", "adapter", "motion_adapter"),
+    "videocrafter-adapter": ("base", "adapter"),
 }
 
 
@@ -64,8 +67,8 @@ class TrainingFiles:
     """Weights that training starts from; None for new ones.
 
     Attributes:
-        base: Wan transformer, or the whole release, of which only the base is used. File or folder.
-            Needed, except to train a new base.
+        base: Wan transformer, or the whole release, of which only the base is used, or
+            VideoCrafter's UNet. File or folder. Needed, except to train a new base.
         adapter: style adapter.
         controlnet: gray-tile ControlNet.
         motion_adapter: LoRA.
@@ -112,13 +115,14 @@ def create_trainer(
         raise WeightsError(f"the trainer {name!r} needs a base transformer; give one")
     if len(data) == 0:
         raise ConfigError("the dataset is empty; add samples, or look at what was skipped and why")
+    config = _told_of_fps(config, data)
     provenance = {f"data_{model}_sha256": value for model, value in data.hashes.items()}
     weights: dict[str, dict[str, Tensor] | None] = {}
     for key, path in given.items():
         weights[key] = None
         if path is not None:
             logger.info("reading the %s: %s", key.replace("_", " "), path)
-            kinds = _STYLECRAFTER if key == "adapter" and "stylecrafter" in name else _KINDS[key]
+            kinds = _kinds_of(name)[key]
             with reading(path, f"the {key.replace('_', ' ')}"):
                 weights[key], metadata = _read(path, key, kinds, meta)
                 if not (meta or skip_check):
@@ -126,7 +130,7 @@ def create_trainer(
             if not meta:
                 provenance[f"{key}_sha256"] = _hash(path)
             if key == "adapter":
-                if kinds == _STYLECRAFTER:
+                if "crafter" in name:
                     config = heads_as_trained(config, metadata)
                 else:
                     config = _as_trained(config, metadata, files.global_projection is not None)
@@ -158,6 +162,10 @@ def _create(
     base = weights["base"]
     if config.trainer == "base":
         return create_base_trainer(config, base, **more)
+    if config.trainer == "videocrafter-adapter":
+        return create_videocrafter_adapter_trainer(
+            config, base, features, adapter=weights["adapter"], **more
+        )
     if config.trainer == "stylecrafter":
         return create_stylecrafter_trainer(
             config, base, features, adapter=weights["adapter"], **more
@@ -175,6 +183,21 @@ def _create(
     if config.trainer == "style":
         return create_style_trainer(config, base, features, **more)
     return create_control_trainer(config, base, features, controlnet=weights["controlnet"], **more)
+
+
+def _kinds_of(trainer: str) -> dict[str, set[str]]:
+    """Kinds of file that a trainer starts from."""
+    own = {"stylecrafter": _STYLECRAFTER, "videocrafter": _VIDEOCRAFTER}
+    return _KINDS | own.get(trainer.split("-")[0], {})
+
+
+def _told_of_fps(config: TrainConfig, data: TrainingData) -> TrainConfig:
+    """VideoCrafter is told the frame rate at which the data were encoded."""
+    fps = getattr(data, "settings", {}).get("fps")
+    if "videocrafter" not in config.trainer or config.stylecrafter.fps or not fps:
+        return config
+    crafter = dataclasses.replace(config.stylecrafter, fps=float(fps))
+    return dataclasses.replace(config, stylecrafter=crafter)
 
 
 def _read(
@@ -198,6 +221,8 @@ def _read(
             f"{key.replace('_', ' ')}: {path} is {describe_kind(kind)}; a file of another kind "
             "is needed here"
         )
+    if kinds in _VIDEOCRAFTER.values():
+        return tensors, metadata
     base, adapter = split_release(tensors)
     if key == "base" and kind == "stylemaster":
         logger.info("%s is the whole release; its style branch is left out", path)

@@ -22,10 +22,10 @@ def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
     kind, run = str(accelerator.distributed_type.value).upper(), config.run
     if kind not in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         return False
-    if config.trainer == "global-projection":
+    if config.trainer.startswith(("global-projection", "videocrafter")):
         raise UnsupportedHostError(
-            f"with {kind} the weights are spread over processes, for which the global projection "
-            "is too small; use plain data parallelism"
+            f"with {kind} the weights are spread over processes, which the trainer "
+            f"{config.trainer!r} does not do; use plain data parallelism"
         )
     if config.optimizer.ema_decay or run.sample_every:
         raise UnsupportedHostError(

@@ -160,23 +160,7 @@ class StyleCrafterVideoTrainer(StyleCrafterTrainer):
         return ()
 
     def arrange(self, data: TrainingData) -> TrainingData:
-        """Repeat pictures, or clips, until pictures are the share that the config asks for."""
-        share = self.config.stylecrafter.image_share
-        pictures = [i for i, size in enumerate(data.sizes) if size[1] == 1]
-        clips = [i for i, size in enumerate(data.sizes) if size[1] > 1]
-        if (share > 0 and not pictures) or (share < 1 and not clips):
-            raise ConfigError(
-                f"stylecrafter.image_share is {share}, and the data hold {len(clips)} clips and "
-                f"{len(pictures)} pictures; add samples of the other kind, or set it to 0 or 1"
-            )
-        if share in (0, 1):
-            return Subset(data, pictures if share else clips)
-        wanted = round(len(clips) * share / (1 - share))
-        if wanted >= len(pictures):
-            pictures = _repeated(pictures, wanted)
-        else:
-            clips = _repeated(clips, round(len(pictures) * (1 - share) / share))
-        return Subset(data, [*clips, *pictures])
+        return clips_and_pictures(data, self.config.stylecrafter.image_share)
 
     def outputs(self) -> list[TrainedFile]:
         weights = motion_adapter_state_dict(self.lora)  # type: ignore[arg-type]
@@ -186,6 +170,29 @@ class StyleCrafterVideoTrainer(StyleCrafterTrainer):
         )
         name = "stylecrafter_video_lora.safetensors"
         return [TrainedFile(name, stored(weights, self.config), metadata)]
+
+
+def clips_and_pictures(data: TrainingData, share: float) -> TrainingData:
+    """Repeat pictures, or clips, until pictures are the wanted share of the samples.
+
+    Raises:
+        ConfigError: if there are none of a kind that is wanted.
+    """
+    pictures = [i for i, size in enumerate(data.sizes) if size[1] == 1]
+    clips = [i for i, size in enumerate(data.sizes) if size[1] > 1]
+    if (share > 0 and not pictures) or (share < 1 and not clips):
+        raise ConfigError(
+            f"stylecrafter.image_share is {share}, and the data hold {len(clips)} clips and "
+            f"{len(pictures)} pictures; add samples of the other kind, or set it to 0 or 1"
+        )
+    if share in (0, 1):
+        return Subset(data, pictures if share else clips)
+    wanted = round(len(clips) * share / (1 - share))
+    if wanted >= len(pictures):
+        pictures = _repeated(pictures, wanted)
+    else:
+        clips = _repeated(clips, round(len(pictures) * (1 - share) / share))
+    return Subset(data, [*clips, *pictures])
 
 
 def _repeated(indices: Sequence[int], count: int) -> list[int]:
@@ -227,17 +234,24 @@ def new_stylecrafter_branch(transformer: Any, *, norm: bool = True) -> StyleAtte
 
 
 def new_encoder(
-    config: StyleCrafterConfig, transformer: Any, feature_width: int, seed: int
+    config: StyleCrafterConfig,
+    seed: int,
+    *,
+    feature_width: int,
+    style_width: int,
+    text_width: int,
+    num_scales: int,
+    scale_width: int,
 ) -> StyleCrafterEncoder:
-    """An encoder with random weights for a transformer and image features; its gains are 1."""
+    """An encoder with random weights; its gains are 1. Widths: `StyleCrafterSizes`."""
     sizes = StyleCrafterSizes(
         feature_width=feature_width,
-        style_width=transformer.proj_out.in_features,
-        text_width=transformer.config.text_dim,
+        style_width=style_width,
+        text_width=text_width,
         num_tokens=config.num_tokens,
         num_layers=config.num_layers,
-        num_scales=len(transformer.blocks),
-        scale_width=config.scale_width,
+        num_scales=num_scales,
+        scale_width=scale_width,
         scale_num_layers=config.scale_num_layers,
     )
     with torch.random.fork_rng(devices=[]):
@@ -312,8 +326,15 @@ def create_stylecrafter_trainer(
     if adapter is None:
         norm = config.stylecrafter.norm
         transformer.style_attention = new_stylecrafter_branch(transformer, norm=norm)
-        width = features[FEATURES][-1]
-        encoder = new_encoder(config.stylecrafter, transformer, width, config.run.seed)
+        encoder = new_encoder(
+            config.stylecrafter,
+            config.run.seed,
+            feature_width=features[FEATURES][-1],
+            style_width=transformer.proj_out.in_features,
+            text_width=transformer.config.text_dim,
+            num_scales=len(transformer.blocks),
+            scale_width=config.stylecrafter.scale_width,
+        )
     else:
         encoder = _load_adapter(transformer, config.stylecrafter, adapter)
     return StyleCrafterTrainer(config, transformer, encoder, **more)

@@ -25,6 +25,7 @@ class SyntheticWorld:
         self,
         *,
         size: tuple[int, int, int] = (2, 4, 4),
+        channels: int = 16,
         text_length: int = 5,
         text_width: int = 10,
         patches: int = 17,
@@ -36,6 +37,7 @@ class SyntheticWorld:
 
         Args:
             size: t, h, w of the latents.
+            channels: of the latents.
             text_length: tokens of a text.
             text_width: of text features.
             patches: number of patch features.
@@ -51,8 +53,8 @@ class SyntheticWorld:
 
         self.texts = draw("texts", NUM_TEXTS, text_length, text_width)
         self.null_text = draw("null text", 1, text_width)
-        self.colours = draw("colours", NUM_TEXTS, 16)
-        self.to_latents = draw("to latents", NUM_STYLES, 16) * 1.5 * NUM_STYLES**-0.5
+        self.colours = draw("colours", NUM_TEXTS, channels)
+        self.to_latents = draw("to latents", NUM_STYLES, channels) * 1.5 * NUM_STYLES**-0.5
         self.to_patches = draw("to patches", NUM_STYLES, patch_width) * NUM_STYLES**-0.5
         self.to_embeds = draw("to embeds", NUM_STYLES, embed_width) * NUM_STYLES**-0.5
         self.content_to_embeds = draw("content", NUM_STYLES, embed_width) * NUM_STYLES**-0.5
@@ -73,7 +75,7 @@ class SyntheticWorld:
             "patch_features": vector @ self.to_patches + patches,
             "image_embeds": vector @ self.to_embeds + noise[0],
             "shuffled_embeds": vector @ self.to_embeds + noise[1],
-            "control_latents": blob.expand(16, -1, -1, -1).contiguous(),
+            "control_latents": blob.expand(self.colours.shape[1], -1, -1, -1).contiguous(),
         }
 
     def pair(self, name: object) -> Sample:

@@ -64,7 +64,8 @@ def cache_of(trainer, caches):
     return caches / kinds.get(trainer, "cache")
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+# VideoCrafter has no small trained model.
+@pytest.mark.parametrize("trainer", [t for t in TRAINERS if not t.startswith("videocrafter")])
 def test_every_trainer_goes_on_from_it(trainer, caches, tmp_path):
     model = "tiny-stylecrafter" if trainer.startswith("stylecrafter") else "tiny"
     command = ("train", trainer, "--model", model, "--data", cache_of(trainer, caches))
@@ -95,6 +96,8 @@ def test_what_does_not_belong_together_is_refused(caches, tmp_path, capsys):
     assert "use --model tiny" in capsys.readouterr().err
     assert run("train", "stylecrafter", "--model", "tiny", *command) == 2
     assert "use --model tiny-stylecrafter" in capsys.readouterr().err
+    assert run("train", "videocrafter-adapter", "--model", "tiny", *command) == 2
+    assert "name the files of VideoCrafter" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
