@@ -42,6 +42,7 @@ ADVANCED = {
     "MotionAdapter": ("start", "end"),
     "VideoCrafterLoader": ("fps",),
     "CompareStyles": ("columns", "side"),
+    "Sampler": ("same_noise",),
     "FolderVideo": ("first_frame",),
     "TrainStyle": _TRAINER,
     "TrainMotionAdapter": _TRAINER,

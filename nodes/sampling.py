@@ -56,8 +56,9 @@ def sample(
     sampler: str,
     scheduler: str,
     denoise: float,
+    same_noise: bool = False,
 ) -> Latent:
-    """Sample as the stock KSampler does, with another guider."""
+    """Sample as the stock KSampler does, with another guider, and the same noise if asked to."""
     import latent_preview  # ComfyUI's; heavy to import
 
     latent_video_size(latent)
@@ -67,8 +68,11 @@ def sample(
         model, steps=steps, device=model.load_device, model_options=model.model_options, **options
     ).sigmas
     clean = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(clean, seed, latent.get("batch_index"))
+    if same_noise:
+        noise = noise[:, :, :1].expand_as(noise).clone()
     samples = guider.sample(
-        comfy.sample.prepare_noise(clean, seed, latent.get("batch_index")),
+        noise,
         clean,
         comfy.samplers.sampler_object(sampler),
         sigmas,
@@ -220,6 +224,13 @@ class StyleSampler(io.ComfyNode):
                     tooltip="1 starts from noise; below 1 starts from the latent, which must then "
                     "be an encoded video, with that much noise.",
                 ),
+                io.Boolean.Input(
+                    "same_noise",
+                    default=False,
+                    optional=True,  # workflows from before it do not name it
+                    tooltip="Begin every frame from the same noise: less flicker in a restyled "
+                    "video, from models that learned it, such as stylemaster-tiny.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For VAE Decode.")],
         )
@@ -240,6 +251,7 @@ class StyleSampler(io.ComfyNode):
         scheduler: str,
         shift: float,
         denoise: float,
+        same_noise: bool = False,
     ) -> io.NodeOutput:
         check_choice(sampler_name, comfy.samplers.SAMPLER_NAMES, "sampler_name")
         check_choice(scheduler, comfy.samplers.SCHEDULER_NAMES, "scheduler")
@@ -253,6 +265,7 @@ class StyleSampler(io.ComfyNode):
             sampler=sampler_name,
             scheduler=scheduler,
             denoise=denoise,
+            same_noise=same_noise,
         )
         return io.NodeOutput(sampled)
 
