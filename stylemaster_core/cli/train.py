@@ -20,11 +20,12 @@ TRAINERS = {
     "stylecrafter": "a StyleCrafter adapter for Wan, on pictures",
     "stylecrafter-video": "a LoRA by which a StyleCrafter adapter serves videos, on clips",
     "videocrafter-adapter": "a StyleCrafter adapter for VideoCrafter, on pictures",
+    "videocrafter-temporal": "VideoCrafter's layers of time, under a StyleCrafter adapter",
 }
 SHORT = {"steps": "run.num_steps", "batch_size": "run.batch_size", "seed": "run.seed"}
 SHORT |= {"lr": "optimizer.lr", "accumulation": "run.accumulation"}
-FILES = ("base", "adapter", "controlnet", "motion_adapter", "global_projection")
-DROPS_STYLE = ("style", "control", "stylecrafter", "stylecrafter-video", "videocrafter-adapter")
+FILES = ("base", "adapter", "controlnet", "motion_adapter", "temporal", "global_projection")
+NEVER_DROP_STYLE = ("global-projection", "motion", "base")
 STOPPED = 130
 
 
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         check_hashes(data.hashes, validation.hashes, "the validation data")
     drops_text = config.trainer != "global-projection" and (
         config.flow.drop_text > 0
-        or (config.trainer in DROPS_STYLE and config.style.drop_both > 0)
+        or (config.trainer not in NEVER_DROP_STYLE and config.style.drop_both > 0)
         or (config.run.sample_every > 0 and config.run.sample_text_scale != 1)
     )
     null_text = _null_text(args, data) if drops_text else None

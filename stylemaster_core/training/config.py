@@ -24,6 +24,7 @@ TrainerName = Literal[
     "stylecrafter",
     "stylecrafter-video",
     "videocrafter-adapter",
+    "videocrafter-temporal",
 ]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -419,8 +420,8 @@ PRESETS: dict[str, TrainConfig] = {
         OptimizerConfig(lr=5e-5, weight_decay=0.0),
         *_NO_DROPOUT,
     ),
-    # StyleCrafter's own stage 1, on VideoCrafter: 40k steps of 256 pictures. Its learning rate is
-    # not published; that of its SDXL version stands here.
+    # StyleCrafter's own stages, on VideoCrafter: 40k steps of 256 pictures, then 20k of 8 clips.
+    # Its learning rates are not published; that of its SDXL version stands here.
     "videocrafter-images": TrainConfig(
         "videocrafter-adapter",
         dataclasses.replace(
@@ -431,6 +432,20 @@ PRESETS: dict[str, TrainConfig] = {
             save_every=1000,
             sample_text_scale=6.0,
             sample_style_scale=0.0,
+        ),
+        OptimizerConfig(lr=5e-5, weight_decay=0.0),
+        *_NO_DROPOUT,
+        stylecrafter=_VIDEOCRAFTER,
+    ),
+    "videocrafter-clips": TrainConfig(
+        "videocrafter-temporal",
+        dataclasses.replace(
+            _BIG,
+            num_steps=20_000,
+            accumulation=8,
+            checkpoint_blocks=1,
+            sample_text_scale=15.0,
+            sample_style_scale=7.5,
         ),
         OptimizerConfig(lr=5e-5, weight_decay=0.0),
         *_NO_DROPOUT,
@@ -449,4 +464,5 @@ DEFAULT_PRESET: dict[str, str] = {
     "stylecrafter": "stylecrafter-images",
     "stylecrafter-video": "stylecrafter-clips",
     "videocrafter-adapter": "videocrafter-images",
+    "videocrafter-temporal": "videocrafter-clips",
 }

@@ -37,7 +37,10 @@ from .stylecrafter import (
     heads_as_trained,
 )
 from .trainer import Trainer
-from .videocrafter import create_videocrafter_adapter_trainer
+from .videocrafter import (
+    create_videocrafter_adapter_trainer,
+    create_videocrafter_temporal_trainer,
+)
 
 logger = logging.getLogger("stylemaster")
 
@@ -46,10 +49,12 @@ _KINDS = {
     "adapter": {"style_adapter", "stylemaster"},
     "controlnet": {"gray_tile_controlnet"},
     "motion_adapter": {"motion_adapter"},
+    "temporal": {"stylecrafter_temporal"},
     "global_projection": {"style_adapter"},
 }
 _STYLECRAFTER = {"adapter": {"stylecrafter_wan"}}
 _VIDEOCRAFTER = {"base": {"videocrafter_unet"}, "adapter": {"stylecrafter_video"}}
+_SECOND_STAGES = ("stylecrafter-video", "videocrafter-temporal")
 _USED: dict[str, tuple[str, ...]] = {
     "global-projection": ("global_projection",),
     "style": ("base", "adapter", "global_projection"),
@@ -59,6 +64,7 @@ _USED: dict[str, tuple[str, ...]] = {
     "stylecrafter": ("base", "adapter"),
     "stylecrafter-video": ("base", "adapter", "motion_adapter"),
     "videocrafter-adapter": ("base", "adapter"),
+    "videocrafter-temporal": ("base", "adapter", "temporal"),
 }
 
 
@@ -72,6 +78,7 @@ class TrainingFiles:
         adapter: style adapter.
         controlnet: gray-tile ControlNet.
         motion_adapter: LoRA.
+        temporal: temporal layers of VideoCrafter, which take the place of the base's.
         global_projection: file of the trainer of that name.
     """
 
@@ -79,6 +86,7 @@ class TrainingFiles:
     adapter: Path | None = None
     controlnet: Path | None = None
     motion_adapter: Path | None = None
+    temporal: Path | None = None
     global_projection: Path | None = None
 
 
@@ -162,6 +170,14 @@ def _create(
     base = weights["base"]
     if config.trainer == "base":
         return create_base_trainer(config, base, **more)
+    if config.trainer in _SECOND_STAGES and weights["adapter"] is None:
+        raise WeightsError(
+            f"the trainer {config.trainer!r} needs the adapter of the first stage; give it"
+        )
+    if config.trainer == "videocrafter-temporal":
+        return create_videocrafter_temporal_trainer(
+            config, base, weights["adapter"], temporal=weights["temporal"], **more
+        )
     if config.trainer == "videocrafter-adapter":
         return create_videocrafter_adapter_trainer(
             config, base, features, adapter=weights["adapter"], **more
@@ -172,10 +188,6 @@ def _create(
         )
     if config.trainer == "stylecrafter-video":
         adapter, lora = weights["adapter"], weights["motion_adapter"]
-        if adapter is None:
-            raise WeightsError(
-                "the trainer 'stylecrafter-video' needs the adapter of the first stage; give it"
-            )
         return create_stylecrafter_video_trainer(config, base, adapter, lora=lora, **more)
     if config.trainer == "motion":
         return create_motion_trainer(config, base, adapter=weights["motion_adapter"], **more)

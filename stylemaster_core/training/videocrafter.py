@@ -15,18 +15,19 @@ from ..errors import ConfigError, LayoutError
 from ..models.decoupled_attention import BlockStyle, StyleRegion, scaled_norm
 from ..models.sdxl_unet import StyledUNet, check_unet, cross_attentions
 from ..models.stylecrafter_sdxl import StyleCrafterSdxl, StyleLayer, load_stylecrafter_video
+from ..models.temporal_transformer import TemporalTransformer
 from ..models.videocrafter_unet import VideoCrafterUNet, load_videocrafter_unet
 from ..sampling.denoise import Callback, StepProgress
 from ..sampling.denoise_video import create_ddim, denoise_video
 from ..weights.videocrafter_keys import VideoCrafterSizes, videocrafter_sizes
-from ..weights.videocrafter_parts import ADAPTER_FORMAT, KNOWN_BASE, LICENCE
+from ..weights.videocrafter_parts import ADAPTER_FORMAT, KNOWN_BASE, LICENCE, TEMPORAL_FORMAT
 from .config import StyleCrafterConfig, TrainConfig
 from .denoising import DenoisingDraws, DenoisingTrainer
 from .flow_matching import StateDict, trainable
 from .gradient_checkpointing import checkpoint_unet
 from .precision import settle_precision
 from .samples import Sample, TrainingData, generator_of
-from .stylecrafter import FEATURES, new_encoder, num_heads_of
+from .stylecrafter import FEATURES, clips_and_pictures, new_encoder, num_heads_of
 from .trainer import TrainedFile, stored
 
 DEFAULT_FPS = 8.0
@@ -198,6 +199,44 @@ class VideoCrafterAdapterTrainer(DenoisingTrainer):
         return [TrainedFile("stylecrafter_video_adapter.safetensors", tensors, metadata)]
 
 
+class VideoCrafterTemporalTrainer(VideoCrafterAdapterTrainer):
+    """Noise prediction on clips and pictures, through the layers of time alone: the second stage.
+
+    Source: StyleCrafter, sec. 3.4, stage 2. How pictures reach layers that rest on a picture is not
+    published. Deviations: here each is a clip of one frame to them, so that they learn to leave a
+    style alone; and a step has as many pictures as it would have clips.
+    """
+
+    name = "videocrafter-temporal"
+
+    def __init__(
+        self, config: TrainConfig, unet: VideoCrafterUNet, adapter: StyleCrafterSdxl, **more: Any
+    ) -> None:
+        """Set up.
+
+        Args:
+            config: of the run.
+            unet: its temporal layers are trained.
+            adapter: of the first stage; stays frozen.
+            more: `null_text` and `provenance` of `DenoisingTrainer`.
+        """
+        super().__init__(config, unet, adapter, **more)
+        for layer in self.parts_to_train():
+            layer.rests_on_pictures = False  # type: ignore[assignment]
+
+    def parts_to_train(self) -> tuple[nn.Module, ...]:
+        return tuple(m for m in self.unet.modules() if isinstance(m, TemporalTransformer))
+
+    def arrange(self, data: TrainingData) -> TrainingData:
+        """Repeat pictures, or clips, until pictures are the share that the config asks for."""
+        return clips_and_pictures(data, self.config.stylecrafter.image_share)
+
+    def outputs(self) -> list[TrainedFile]:
+        metadata = self.metadata(TEMPORAL_FORMAT, base_model=self.base_model, licence=LICENCE)
+        tensors = stored(self.unet.temporal_state_dict(), self.config)
+        return [TrainedFile("stylecrafter_temporal.safetensors", tensors, metadata)]
+
+
 def new_adapter(
     config: StyleCrafterConfig, unet: VideoCrafterUNet, feature_width: int, seed: int
 ) -> StyleCrafterSdxl:
@@ -264,6 +303,27 @@ def create_videocrafter_adapter_trainer(
     else:
         module = _load_adapter(config, adapter)
     return VideoCrafterAdapterTrainer(config, unet, module, **more)
+
+
+def create_videocrafter_temporal_trainer(
+    config: TrainConfig,
+    base: StateDict,
+    adapter: StateDict,
+    *,
+    temporal: StateDict | None = None,
+    **more: Any,
+) -> VideoCrafterTemporalTrainer:
+    """The second stage's trainer on a base model and the first stage's adapter.
+
+    Args:
+        config: of the run.
+        base: VideoCrafter's UNet under the names of the release.
+        adapter: of the first stage, under the names of the release.
+        temporal: layers to start from; None for those of the UNet.
+        more: `null_text` and `provenance` of `DenoisingTrainer`.
+    """
+    unet = _frozen_unet(config, base, temporal)
+    return VideoCrafterTemporalTrainer(config, unet, _load_adapter(config, adapter), **more)
 
 
 def _frozen_unet(

@@ -24,7 +24,11 @@ from stylemaster_core.models.sd_parts import TextEncoder, load_sd2_text, load_sd
 from stylemaster_core.models.sdxl_unet import cross_attentions
 from stylemaster_core.models.small_videocrafter import write_small_videocrafter
 from stylemaster_core.models.stylecrafter_sdxl import load_stylecrafter_video
-from stylemaster_core.models.videocrafter_unet import VideoCrafterUNet, load_videocrafter_unet
+from stylemaster_core.models.videocrafter_unet import (
+    VideoCrafterUNet,
+    is_temporal,
+    load_videocrafter_unet,
+)
 from stylemaster_core.pipelines.stylize_sdxl import load_adapter
 from stylemaster_core.sampling.denoise_video import create_ddim
 from stylemaster_core.training.config import (
@@ -42,11 +46,14 @@ from stylemaster_core.training.samples import MemoryDataset, collate, draw_sampl
 from stylemaster_core.training.setup import TrainingFiles, create_trainer
 from stylemaster_core.training.stats import read_stats
 from stylemaster_core.training.synthetic import SyntheticWorld
-from stylemaster_core.training.videocrafter import create_videocrafter_adapter_trainer
+from stylemaster_core.training.videocrafter import (
+    create_videocrafter_adapter_trainer,
+    create_videocrafter_temporal_trainer,
+)
 from stylemaster_core.weights.convert import convert
 from stylemaster_core.weights.files import read_state_dict, write_state_dict
 from stylemaster_core.weights.state_dict import detect_kind, shapes_of
-from stylemaster_core.weights.videocrafter_keys import VideoCrafterSizes
+from stylemaster_core.weights.videocrafter_keys import TEMPORAL_KEY, VideoCrafterSizes
 
 TEXT_WIDTH, FEATURE_WIDTH = 8, 16
 SIZES = VideoCrafterSizes(
@@ -222,6 +229,74 @@ def test_scales_of_no_adapter_are_refused(create):
         create(config_of("videocrafter-adapter", "stylecrafter.train=scales"))
 
 
+# ---- the second stage ----
+
+
+@pytest.fixture(scope="module")
+def create_second(base, stage_one):
+    make = create_videocrafter_temporal_trainer
+    return functools.partial(make, base=base, adapter=stage_one[0].tensors)
+
+
+def test_the_second_stage_learns_clips_in_a_style(create_second, tmp_path):
+    data = joined(CLIPS.dataset(4), PICTURES.dataset(1))
+    trainer = create_second(
+        config_of("videocrafter-temporal", "run.num_steps=30", "run.validate_every=30")
+    )
+    before = {name: value.clone() for name, value in trainer.state_dict().items()}
+    train(trainer, data, tmp_path, validation=CLIPS.dataset(4))
+    first, last = losses_of(tmp_path)
+    print(f"\nvideocrafter-temporal: {first:.4f} -> {last:.4f}")
+    assert last < 0.95 * first
+    changed = {n for n, value in trainer.state_dict().items() if not torch.equal(before[n], value)}
+    assert changed == {name for name in before if is_temporal(name.removeprefix("unet."))}
+    assert len(changed) > 100 and set(trainer.trained()) == changed
+    (file,) = trainer.outputs()
+    assert file.name == "stylecrafter_temporal.safetensors"
+    assert file.metadata["format"] == "stylecrafter-temporal-1"
+    assert file.metadata["licence"] == "research and non-commercial use only"
+    assert detect_kind(shapes_of(file.tensors)) == "stylecrafter_temporal"
+
+
+@pytest.mark.parametrize("world", [PICTURES, CLIPS], ids=["pictures", "clips"])
+def test_every_temporal_tensor_learns(create_second, world, tmp_path):
+    """From pictures, too, though the layers rest on them when sampling."""
+    share = f"stylecrafter.image_share={int(world is PICTURES)}"
+    settings = (share, "run.num_steps=1", "run.batch_size=2")
+    trainer = create_second(config_of("videocrafter-temporal", *settings))
+    before = {name: p.detach().clone() for name, p in trainer.trained().items()}
+    train(trainer, world.dataset(2), tmp_path, validation=world.dataset(1))
+    same = {n for n, p in trainer.trained().items() if torch.equal(p, before[n])}
+    # To a single frame all of its own weight goes: what decides about shares has no slope.
+    deciding = ("to_q.weight", "to_k.weight", "relative_position_k.embeddings_table")
+    assert same == ({n for n in before if n.endswith(deciding)} if world is PICTURES else set())
+
+
+def test_the_layers_rest_on_pictures_when_sampling(create_second, base):
+    trainer = create_second(config_of("videocrafter-temporal"))
+    batch = batch_of(trainer, PICTURES.dataset(1), drop_style=[True])
+    with torch.no_grad():
+        trained = trainer(batch)
+    rested = losses_of_the_base(base, batch, batch["text"])
+    assert not torch.isclose(trained, rested, rtol=1e-4)
+
+
+def test_the_second_stage_goes_on_from_temporal_layers(create_second, base):
+    names = {name for name in base if TEMPORAL_KEY.fullmatch(name)}
+    temporal = {name: base[name] + 1 for name in names}
+    trainer = create_second(config_of("videocrafter-temporal"), temporal=temporal)
+    (file,) = trainer.outputs()
+    assert all(torch.equal(file.tensors[name], value) for name, value in temporal.items())
+
+
+def test_pictures_and_clips_have_their_shares(create_second):
+    trainer = create_second(config_of("videocrafter-temporal"))
+    arranged = trainer.arrange(joined(CLIPS.dataset(8), PICTURES.dataset(1)))
+    assert sum(size[1] == 1 for size in arranged.sizes) == 2 and len(arranged) == 10
+    with pytest.raises(ConfigError, match="8 clips and 0 pictures"):
+        trainer.arrange(CLIPS.dataset(8))
+
+
 # ---- what a step computes ----
 
 
@@ -306,12 +381,15 @@ def test_recomputed_blocks_give_the_same_gradients(create, stage_one, setting):
 # ---- runs and files ----
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(create, tmp_path):
-    data, validation = PICTURES.dataset(12), PICTURES.dataset(2, "held out")
+@pytest.mark.parametrize("name", ["videocrafter-adapter", "videocrafter-temporal"])
+def test_a_resumed_run_equals_an_uninterrupted_one(create, create_second, tmp_path, name):
+    data = joined(CLIPS.dataset(2), PICTURES.dataset(2))
+    validation = PICTURES.dataset(1, "held out")
+    make = create if name == "videocrafter-adapter" else create_second
 
     def run(folder, steps, resume=False):
-        settings = (f"run.num_steps={steps}", "run.batch_size=4", "optimizer.schedule=constant")
-        trainer = create(config_of("videocrafter-adapter", *settings))
+        settings = (f"run.num_steps={steps}", "run.batch_size=2", "stylecrafter.image_share=0.5")
+        trainer = make(config_of(name, *settings))
         train(trainer, data, tmp_path / folder, validation=validation, resume=resume)
         return trainer.outputs()[0].tensors
 
@@ -338,6 +416,11 @@ def test_from_files(base, stage_one, tmp_path):
         create_trainer(config, TrainingFiles(adapter), data)
     with pytest.raises(ConfigError, match="no use for motion adapter"):
         create_trainer(config, TrainingFiles(unet, motion_adapter=adapter), data)
+    second = config_of("videocrafter-temporal")
+    with pytest.raises(WeightsError, match="needs the adapter of the first stage"):
+        create_trainer(second, TrainingFiles(unet), data)
+    with pytest.raises(WeightsError, match="temporal: .* is VideoCrafter's UNet"):
+        create_trainer(second, TrainingFiles(unet, adapter, temporal=unet), data)
 
 
 def test_the_unet_is_told_the_frame_rate_of_the_data(base, tmp_path):
@@ -495,18 +578,24 @@ def generated(small, folder, name, *more):
     return read_video(folder / name).frames
 
 
-def test_a_trained_adapter_acts_in_stylize_videocrafter(small, cache, tmp_path, capsys):
+def test_trained_files_act_in_stylize_videocrafter(small, cache, tmp_path, capsys):
     new = ("--set", "stylecrafter.num_layers=1", "--set", "stylecrafter.scale_num_layers=1")
-    frames = []
+    fast = (*new, "--lr", "0.01", "--set", "run.batch_size=1")
+    frames, files = [], []
     for steps in ("1", "3"):
-        out = tmp_path / steps
-        more = (*new, "--steps", steps, "--lr", "0.01", "--set", "run.batch_size=1")
+        out, more = tmp_path / steps, (*fast, "--steps", steps)
         assert trained(small, cache, out, "videocrafter-adapter", *more) == 0
-        adapter = out / "stylecrafter_video_adapter.safetensors"
-        frames.append(generated(small, tmp_path, f"{steps}.mp4", "--adapter", adapter))
-    assert not np.array_equal(*frames)
+        files = ["--adapter", out / "stylecrafter_video_adapter.safetensors"]
+        frames.append(generated(small, tmp_path, f"{steps}.mp4", *files))
     config = json.loads((tmp_path / "1" / "config.json").read_text())
     assert config["stylecrafter"]["fps"] == 8.0
+    adapter = [str(word) for word in files]
+    assert trained(small, cache, tmp_path / "two", "videocrafter-temporal", *fast, *adapter) == 0
+    files += ["--temporal", tmp_path / "two" / "stylecrafter_temporal.safetensors"]
+    frames.append(generated(small, tmp_path, "two.mp4", *files))
+    for index, one in enumerate(frames):
+        assert all(not np.array_equal(one, other) for other in frames[:index])
     capsys.readouterr()
-    assert trained(small, cache, tmp_path / "dry", "videocrafter-adapter", *new, "--dry-run") == 0
-    assert "trainer videocrafter-adapter" in capsys.readouterr().out
+    dry = (*new, *map(str, files), "--dry-run")
+    assert trained(small, cache, tmp_path / "dry", "videocrafter-temporal", *dry) == 0
+    assert "trainer videocrafter-temporal" in capsys.readouterr().out
