@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .errors import ConfigError
@@ -32,6 +32,8 @@ def check_name(name: object, *, new: bool = False) -> Sequence[str]:
     """
     if not isinstance(name, str):
         raise ConfigError(f"the path {name!r:.80} is refused: a text was expected")
+    if _PLAIN.fullmatch(name):
+        return [name]
     parts = [part for part in _SEPARATORS.split(name) if part != "."]
     longest = MAX_NEW_PART_BYTES if new else MAX_PART_BYTES
     faults = {
@@ -70,8 +72,7 @@ def file_below(folder: Path, name: object, source: Path) -> Path:
         ConfigError: if the name leads out of the folder, be it by a link.
     """
     try:
-        is_plain = isinstance(name, str) and _PLAIN.fullmatch(name)
-        parts = [str(name)] if is_plain else check_name(name)
+        parts = check_name(name)
         path = folder.joinpath(*parts)
         # Links alone can lead out now, and most often there is none: one look instead of many.
         below = [path, *path.parents[: len(parts) - 1]]
@@ -80,6 +81,24 @@ def file_below(folder: Path, name: object, source: Path) -> Path:
     except ConfigError as error:
         raise ConfigError(f"{source} names a file that is not below {folder}: {error}") from error
     return path
+
+
+def finder_below(folder: Path, source: Path) -> Callable[[object], Path]:
+    """`file_below` for many names of one folder, whose links are looked up once."""
+    try:
+        with os.scandir(folder) as entries:
+            links = {entry.name.casefold() for entry in entries if entry.is_symlink()}
+    except OSError:
+        return lambda name: file_below(folder, name, source)
+
+    def find(name: object) -> Path:
+        # Some file systems do not tell capitals from small letters.
+        is_plain = isinstance(name, str) and _PLAIN.fullmatch(name)
+        if is_plain and (not links or name.casefold() not in links):
+            return folder / name
+        return file_below(folder, name, source)
+
+    return find
 
 
 def refuse_outside(paths: Iterable[Path], folders: Sequence[Path]) -> None:

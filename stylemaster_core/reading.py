@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import StyleMasterError, WeightsError
@@ -12,45 +10,56 @@ _MAX_WORDS = 300  # characters of a reader's message; some quote the whole file
 _MAX_OWN = 3000
 
 
-@contextmanager
-def reading(
-    path: str | Path,
-    what: str,
-    *,
-    error: type[StyleMasterError] = WeightsError,
-    advice: str = "compare its size with the published one, and get it again",
-) -> Iterator[None]:
+class reading:
     """While open, everything that goes wrong is taken to be the fault of a file or folder.
 
     Readers raise what they like about a damaged file, and change it from version to version. Our
     own errors pass, with the file's name in front where they lack it; so does a missing library.
-
-    Args:
-        path: of the file or folder.
-        what: it is expected to be, for the message.
-        error: of which type ours is.
-        advice: what to do, for the message.
+    A class, as a generator costs more than a small file takes to read.
 
     Raises:
         StyleMasterError: as said.
     """
-    path = Path(path)
-    try:
-        yield
-    except StyleMasterError as ours:
-        words = str(ours)
-        if path.name in words and len(words) <= _MAX_OWN:
-            raise
-        raise type(ours)(f"{path}: {_short(words, _MAX_OWN)}") from ours
-    except ImportError:
-        raise
-    except Exception as raw:
+
+    __slots__ = ("_advice", "_error", "_path", "_what")
+
+    def __init__(
+        self,
+        path: str | Path,
+        what: str,
+        *,
+        error: type[StyleMasterError] = WeightsError,
+        advice: str = "compare its size with the published one, and get it again",
+    ) -> None:
+        """Only remember what the message is made of.
+
+        Args:
+            path: of the file or folder.
+            what: it is expected to be, for the message.
+            error: of which type ours is.
+            advice: what to do, for the message.
+        """
+        self._path, self._what, self._error, self._advice = path, what, error, advice
+
+    def __enter__(self) -> None:
+        """Nothing is done before something goes wrong."""
+
+    def __exit__(self, kind: object, raw: BaseException | None, trace: object) -> None:
+        """Turn an exception into ours."""
+        if raw is None or isinstance(raw, ImportError) or not isinstance(raw, Exception):
+            return
+        path = Path(self._path)
+        if isinstance(raw, StyleMasterError):
+            words = str(raw)
+            if path.name in words and len(words) <= _MAX_OWN:
+                return
+            raise type(raw)(f"{path}: {_short(words, _MAX_OWN)}") from raw
         if type(raw).__name__ == "OutOfMemoryError":  # the device's, not the file's
-            raise
+            return
         words = _short(str(raw).strip() or "no more is said", _MAX_WORDS)
-        raise error(
-            f"{path}{_size(path)} cannot be read as {what}: it is damaged or incomplete, or of "
-            f"another kind; {advice}. Reader's words: {type(raw).__name__}: {words}"
+        raise self._error(
+            f"{path}{_size(path)} cannot be read as {self._what}: it is damaged or incomplete, or "
+            f"of another kind; {self._advice}. Reader's words: {type(raw).__name__}: {words}"
         ) from raw
 
 

@@ -91,13 +91,19 @@ def video_stream(container: InputContainer, path: Path) -> Any:
     """The first video stream that is no cover picture.
 
     Raises:
-        LayoutError: if there is none.
+        LayoutError: if there is none, or none that can be decoded.
     """
     from av.stream import Disposition
 
     for stream in container.streams.video:
-        if Disposition.attached_pic not in stream.disposition:
-            return stream
+        if Disposition.attached_pic in stream.disposition:
+            continue
+        if stream.codec_context is None:
+            raise LayoutError(
+                f"{path} does not say how its video is coded, or in a way that FFmpeg does not "
+                "know; it may be damaged or cut short"
+            )
+        return stream
     raise LayoutError(f"{path} has no video stream; give a video")
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock
 
@@ -16,6 +16,7 @@ from ..writing import append_line, disk_errors, write_text
 
 logger = logging.getLogger("stylemaster")
 
+_scan = json.JSONDecoder().scan_once  # without the looks around that take longer than a short line
 # Says what is wrong with a record of a file, None if nothing is.
 Check = Callable[[dict[str, Any]], "str | None"]
 
@@ -65,24 +66,50 @@ def read_jsonl(
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
     records = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip(b" \t\r\0"):  # a power cut may leave null bytes
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if _is_cut(line, error):
-                logger.warning("%s, line %d was cut short and counts as not written", path, number)
+        record = _parsed(line)
+        if record is None:
+            record = _parsed_slowly(line, f"{path}, line {number}")
+            if record is None:
                 continue
-            raise ConfigError(f"{path}, line {number} is no JSON ({error}); mend it") from error
-        try:
-            problem = check(record) if check and isinstance(record, dict) else None
-        except (KeyError, TypeError, ValueError) as error:
-            problem = repr(error)
-        if not isinstance(record, dict) or problem:
-            said = problem or "no JSON object"
-            raise ConfigError(f"{path}, line {number} is {line[:80]!r}: {said}; mend or remove it")
+        if check is not None:
+            try:
+                problem = check(record)
+            except (KeyError, TypeError, ValueError) as error:
+                problem = repr(error)
+            if problem:
+                _refuse(line, f"{path}, line {number}", problem)
         records.append(record)
     return records
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The object that a line is, and nothing else; None for all that needs a closer look."""
+    try:
+        text = line.decode()
+        record, end = _scan(text, 0)
+    except (StopIteration, ValueError, RecursionError):
+        return None
+    return record if end == len(text) and type(record) is dict else None
+
+
+def _parsed_slowly(line: bytes, where: str) -> dict[str, Any] | None:
+    """The object of a line with other bytes around; None for an empty line or one cut short."""
+    if not line.strip(b" \t\r\0"):  # a power cut may leave null bytes
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        if _is_cut(line, error):
+            logger.warning("%s was cut short and counts as not written", where)
+            return None
+        raise ConfigError(f"{where} is no JSON ({error}); mend it") from error
+    if not isinstance(record, dict):
+        _refuse(line, where, "no JSON object")
+    return record
+
+
+def _refuse(line: bytes, where: str, problem: str) -> NoReturn:
+    raise ConfigError(f"{where} is {line[:80]!r}: {problem}; mend or remove it")
 
 
 def _is_cut(line: bytes, error: Exception) -> bool:
@@ -118,6 +145,6 @@ def read_json(path: Path) -> Any:
         ConfigError: if it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error})") from error

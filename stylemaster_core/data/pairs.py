@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ConfigError, LayoutError
-from ..file_names import file_below
+from ..file_names import finder_below
 from ..writing import remove_leftovers
 from .images import read_image, write_image
 from .jsonl import append_jsonl, locked, read_json, read_jsonl, write_json
@@ -154,11 +154,12 @@ def read_pairs(folder: Path) -> list[Pair]:
         raise ConfigError(f"{folder} holds no {RECORDS}; make illusion pairs there")
     pairs: dict[int, Pair] = {}
     rejected = 0
+    find = finder_below(folder, folder / RECORDS)
     for record in read_jsonl(folder / RECORDS, _number_problem, missing_ok=True):
         try:
             if record["kept"]:
                 index, view = record["index"], View(**record["view"])
-                first, second = (_picture(folder, record, key) for key in ("first", "second"))
+                first, second = find(record.get("first")), find(record.get("second"))
                 pairs[index] = Pair(index, first, second, view, record)
             else:
                 rejected += 1
@@ -185,9 +186,10 @@ def check_pair(pair: Pair) -> str | None:
 
 def _finished(folder: Path) -> set[int]:
     finished = set()
+    find = finder_below(folder, folder / RECORDS)
     for record in read_jsonl(folder / RECORDS, _number_problem, missing_ok=True):
         if not record.get("kept") or all(
-            _picture(folder, record, key).is_file() for key in ("first", "second")
+            find(record.get(key)).is_file() for key in ("first", "second")
         ):
             finished.add(record["index"])
     return finished
@@ -195,8 +197,3 @@ def _finished(folder: Path) -> set[int]:
 
 def _number_problem(record: dict[str, Any]) -> str | None:
     return None if type(record.get("index")) is int else "no pair, it has no index"
-
-
-def _picture(folder: Path, record: Mapping[str, Any], key: str) -> Path:
-    """The picture that a record names; somebody else may have written the record."""
-    return file_below(folder, record.get(key), folder / RECORDS)

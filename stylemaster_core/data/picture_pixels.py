@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 logger = logging.getLogger("stylemaster")
 
@@ -29,7 +29,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     image = _upright_srgb(image)
     if image.has_transparency_data:
         return np.ascontiguousarray(on_white(np.array(image.convert("RGBA")))[..., :3])
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def to_rgba(image: Image.Image) -> np.ndarray:
@@ -46,7 +46,8 @@ def on_white(pixels: np.ndarray) -> np.ndarray:
 
 
 def _upright_srgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # or it would be copied, too
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         # Pillow would clip 16-bit gray at 255 instead of scaling it.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -80,7 +80,8 @@ class Journal:
         with self._mutex:
             self._stream.write(json.dumps(record).encode() + b"\n")
             self._stream.flush()
-            _remember(record, self._last, self._files)
+            self._last[job_id] = _kept(record)
+            _remember_files(record, self._files)
         if event == "delivering":
             os.fsync(self._stream.fileno())
 
@@ -112,30 +113,34 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, _Files]]:
     last: dict[str, dict[str, Any]] = {}
     files: dict[str, _Files] = {}
     for record in read_jsonl(path, _problem, missing_ok=True):
-        _remember(record, last, files)
-    return last, files
+        last[record["job"]] = record
+        _remember_files(record, files)
+    return {job_id: _kept(record) for job_id, record in last.items()}, files
 
 
 def _problem(record: dict[str, Any]) -> str | None:
     names = record.get("files", [])
     hashes = record.get("hashes", [])
-    if not all(isinstance(record.get(key), str) for key in ("job", "event")):
+    if not isinstance(record.get("job"), str) or not isinstance(record.get("event"), str):
         return "not a record of this journal"
     if not isinstance(record.get("prompt_id", ""), str):
         return "its prompt_id is no text"
-    if not isinstance(names, list) or not all(len(check_name(name)) == 1 for name in names):
-        return "its files are not names of this folder"
+    if not isinstance(names, list):
+        return "its files are no list"
+    for name in names:
+        if len(check_name(name)) != 1:
+            return "its files are not names of this folder"
     if not isinstance(hashes, list) or len(hashes) not in (0, len(names)):
         return "its hashes are not those of its files"
     return None
 
 
-def _remember(
-    record: dict[str, Any], last: dict[str, dict[str, Any]], files: dict[str, _Files]
-) -> None:
-    job_id = record["job"]
-    last[job_id] = {key: record[key] for key in _KEPT if key in record}
+def _kept(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in _KEPT if key in record}
+
+
+def _remember_files(record: dict[str, Any], files: dict[str, _Files]) -> None:
     if names := record.get("files"):
-        own = files.setdefault(job_id, {})
+        own = files.setdefault(record["job"], {})
         hashes = record.get("hashes") or [own.get(name) for name in names]
         own.update(zip(names, hashes, strict=True))

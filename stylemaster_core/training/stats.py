@@ -15,6 +15,7 @@ from ..writing import append_line
 NAME = "stats.jsonl"
 _FILES = ("sample", "sample_video")
 _NUMBER = (int, float, type(None))
+_NUMBERS = frozenset({*_NUMBER, bool})
 
 
 class Stats:
@@ -79,6 +80,8 @@ def sample_file(folder: Path, line: Mapping[str, Any]) -> Path | None:
 def _problem(line: dict[str, Any]) -> str | None:
     if type(line.get("step")) is not int or line["step"] < 0:
         return "it has no step"
+    if _FILES[0] not in line and _NUMBERS.issuperset(map(type, line.values())):
+        return None
     wrong = [k for k, v in line.items() if not isinstance(v, str if k in _FILES else _NUMBER)]
     return f"{', '.join(wrong)} of another type than expected" if wrong else None
 

@@ -244,16 +244,16 @@ def find_weight_file(name: str, folders: Iterable[str | os.PathLike[str]]) -> Pa
 
 def _existing(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
+    if path.is_file():
+        return path
     if path.is_dir():
         raise WeightsError(f"{path} is a folder; a weight file was expected.")
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist.\n{how_to_get(path.name)}")
-    return path
+    raise WeightsError(f"{path} does not exist.\n{how_to_get(path.name)}")
 
 
 def _format_of(path: Path) -> str:
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
         head = file.read(64)
     if head.startswith(_ZIP_MAGIC):
         return "zip"
@@ -309,12 +309,13 @@ def _flatten_checkpoint(content: Any, path: Path) -> StateDictFile:
         metadata = {}
     tensors: dict[str, Tensor] = {}
     left_out: list[str] = []
+    size = path.stat().st_size
 
     def walk(node: Any, prefix: str) -> None:
         for key, value in node.items():
             name = f"{prefix}{key}"
             if isinstance(value, Tensor):
-                _check_stored(name, value, path)
+                _check_stored(name, value, path, size)
                 tensors[name] = value.detach()
             elif isinstance(value, Mapping):
                 walk(value, f"{name}.")
@@ -335,13 +336,13 @@ def _flatten_checkpoint(content: Any, path: Path) -> StateDictFile:
     return StateDictFile(tensors, metadata)
 
 
-def _check_stored(name: str, value: Tensor, path: Path) -> None:
+def _check_stored(name: str, value: Tensor, path: Path, size: int) -> None:
     """Refuse a tensor that is no plain array, or claims more numbers than the file holds.
 
     One number with strides of 0 can stand for any size, and fills the memory once it is used.
     """
     plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
-    if not plain or value.numel() * value.element_size() > max(4 * path.stat().st_size, 1 << 20):
+    if not plain or value.numel() * value.element_size() > max(4 * size, 1 << 20):
         raise WeightsError(
             f"{path}: {name!r} is no plain tensor of the file's own numbers ({value.layout}, "
             f"{list(value.shape)}); use a file of plain tensors, best a .safetensors file"

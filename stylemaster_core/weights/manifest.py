@@ -61,7 +61,7 @@ def load_manifest(path: Path | None = None) -> dict[str, WeightEntry]:
         )
     advice = "restore it from the repository; weights_manifest.schema.json describes its form"
     with reading(path, "a list of weight files", advice=advice):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes().decode())
         entries = [_entry(item) for item in content["files"]]
     by_id = {entry.id: entry for entry in entries}
     if len(by_id) != len(entries):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from stylemaster_core.data.cache import CachedDataset, check_cache
 from stylemaster_core.data.cache_writer import CachePlan, Entry, write_cache
 from stylemaster_core.data.pairs import NewPair, make_pairs, open_pair_folder, read_pairs
 from stylemaster_core.data.views import View
+from stylemaster_core.training import loop
 from stylemaster_core.training.checkpoint import latest_checkpoint, read_checkpoint
 from stylemaster_core.training.loop import train
 from stylemaster_core.training.stats import read_stats
@@ -133,16 +135,60 @@ def _world() -> Any:
     return training.WORLD.dataset(8), training.base_weights()
 
 
-def _train(workers: int) -> Callable[[Path], object]:
+def _train(workers: int, steps: int = STEPS, save_every: int = 2) -> Callable[[Path], object]:
     def work(folder: Path) -> None:
         torch.set_num_threads(1)
         data, base = _world()
         config = training.with_run(
-            num_steps=STEPS, save_every=2, validate_every=0, num_workers=workers, accumulation=1
+            num_steps=steps,
+            save_every=save_every,
+            validate_every=0,
+            num_workers=workers,
+            accumulation=1,
         )
         train(training.style_trainer(config, base=base), data, folder, resume=True)
 
     return work
+
+
+READER_STEPS = 10  # more than the readers read ahead
+# A step in whose middle a reader is struck, and by what.
+STRIKES = st.tuples(st.integers(1, 4), st.sampled_from([signal.SIGKILL, signal.SIGTERM]))
+
+
+def _with_struck_reader(step: int, how: int) -> Callable[[Path], None]:
+    """A training of which a reader alone gets a signal: it ends as it says it does, or goes on."""
+
+    def work(folder: Path) -> None:
+        check = loop._Loop._check_finite
+
+        def struck(self: Any, now: int, *arguments: Any) -> None:
+            if now == step:
+                os.kill(multiprocessing.active_children()[0].pid or 0, how)
+                time.sleep(0.3)  # what becomes of it is told now, if it is told in a step
+            check(self, now, *arguments)
+
+        loop._Loop._check_finite = struck  # of this process alone
+        try:
+            _train(2, READER_STEPS, save_every=1000)(folder)
+        except loop.WorkerLostError as error:
+            require(how == signal.SIGKILL, f"readers do not ignore signal {how}: {error}")
+        else:
+            require(how == signal.SIGTERM, "a lost reader is not missed")
+
+    return work
+
+
+def _strike_reader(prepared: _Prepared, drawn: tuple[int, int], folder: Path) -> str:
+    _in_child(lambda: _with_struck_reader(*drawn)(folder), None, 0)
+    _whole_run(folder)
+    latest = latest_checkpoint(folder / "checkpoints")
+    last = read_stats(folder)[-1]["step"]
+    require(latest is not None and latest.name.endswith(f"-{last:07d}"), f"{latest}, not {last}")
+    require(last >= drawn[0], "the step in which the reader was struck is lost")
+    _in_child(lambda: _train(2, READER_STEPS, save_every=1000)(folder), None, 0)
+    require(_trained(folder) == prepared.result, "the result differs from an undisturbed run's")
+    return "stopped at a whole step" if last < READER_STEPS else "went on"
 
 
 def _whole_run(folder: Path) -> None:
@@ -222,8 +268,13 @@ KIND = Kind(
         "training, SIGTERM": _endpoint(_train(0), _whole_run, _trained, signal.SIGTERM),
         "training, 2 readers, SIGKILL": _endpoint(_train(2), _whole_run, _trained),
         "training, 2 readers, SIGTERM": _endpoint(_train(2), _whole_run, _trained, signal.SIGTERM),
+        "training readers": Endpoint(
+            STRIKES,
+            _strike_reader,
+            lambda folder: _Prepared(folder, _train(2, READER_STEPS, save_every=1000), _trained),
+        ),
     },
-    long_cases=105,
+    long_cases=104,
     batch=1,
     shrink=False,
     limit_s=300,

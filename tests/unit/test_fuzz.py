@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from tests.fuzz import runner
+from tests.fuzz import cuts, runner
 from tests.fuzz.attack import Endpoint, Kind, require
 from tests.fuzz.harm import BYTES, Harm, apply_harms
 from tests.fuzz.runner import Budget, run, table
@@ -70,6 +70,16 @@ def test_every_way_of_damage_changes_a_file(tmp_path):
         (tmp_path / "other").write_bytes(b"other")
         apply_harms([Harm(how, 0.0, 0.5, 3, None, 7)], file)
         assert not file.is_file() or file.read_bytes() != b"0123456789" * 10 or how == "swap"
+
+
+@pytest.mark.parametrize("kind", cuts.FILES)
+def test_cut_videos_are_refused_or_reported(tmp_path, kind):
+    """At every tenth place of those that `make fuzz` tries, and at the last ones."""
+    whole = cuts.write_whole(tmp_path, kind)
+    places = [*range(1, cuts.PLACES, 10), *range(cuts.PLACES - 3, cuts.PLACES + 1)]
+    outcomes = {cuts.play_cut(whole, place, tmp_path, kind) for place in places}
+    assert "refused" in outcomes
+    assert outcomes == {"refused"} or kind in ("mkv", "webm") and "reported" in outcomes
 
 
 def test_values_of_json_are_changed(tmp_path):
