@@ -113,8 +113,8 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--keep-alpha",
         action="store_true",
-        help="the result is as transparent as the input (.webm, .mov as prores4444, .png); "
-        "else the input is put on white",
+        help="the result is as transparent as the input (.webm, .mov as prores4444, .webp, .gif, "
+        ".png); else the input is put on white",
     )
     group.add_argument("--window", type=int, default=81, help="frames per window of long videos")
     group.add_argument("--window-overlap", type=int, default=28, help="frames")

@@ -82,9 +82,10 @@ def image_frames(path: Path, *, keep_alpha: bool = False) -> Iterator[TimedFrame
         count = _num_frames(image)
         if count > 1:
             start_s = 0.0
+            # Of some only later frames are transparent.
+            with_alpha = keep_alpha and any(_is_transparent(image, i) for i in range(count))
             for index in range(count):
                 duration_s = _duration_s(image, index)
-                with_alpha = keep_alpha and image.has_transparency_data
                 pixels = to_rgba(image) if with_alpha else to_rgb(image)
                 yield TimedFrame(pixels, start_s, duration_s)
                 start_s += duration_s
@@ -112,6 +113,12 @@ def _animation(path: Path) -> Iterator[Image.Image]:
 def _num_frames(image: Image.Image) -> int:
     """Frames of an animation; a camera's JPEG may carry further pictures that are none."""
     return getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
+
+
+def _is_transparent(image: Image.Image, index: int) -> bool:
+    image.seek(index)
+    image.load()
+    return image.has_transparency_data
 
 
 def _duration_s(image: Image.Image, index: int) -> float:

@@ -22,6 +22,7 @@ from .timing import Timing, pick_at_rate, steady_fps
 logger = logging.getLogger("stylemaster")
 
 ANIMATIONS = (".gif", ".webp")
+_CLEAR = 255  # the colour of a GIF that is none
 _NUMBER = re.compile(r"%0?\d*d")
 
 
@@ -100,7 +101,10 @@ def _counted(
 
 
 def _save_animation(part: Path, pictures: list[Image.Image], timing: Timing, quality: int) -> None:
-    """GIF rounds times to 10 ms, WebP to 1 ms; the rounding does not add up."""
+    """GIF rounds times to 10 ms, WebP to 1 ms; the rounding does not add up.
+
+    Opacity of GIF is on or off, with the border at one half.
+    """
     times_s = timing.times_s
     if times_s is None:
         times_s = np.arange(len(pictures) + 1) / float(timing.fps)
@@ -109,9 +113,44 @@ def _save_animation(part: Path, pictures: list[Image.Image], timing: Timing, qua
     ticks = np.rint((times_s - times_s[0]) * 1000 / step_ms).astype(int) * step_ms
     durations = np.maximum(np.diff(ticks), step_ms).tolist()
     options: dict[str, Any] = {} if is_gif else {"quality": quality, "lossless": quality == 100}
+    is_transparent = pictures[0].mode == "RGBA"
+    if is_transparent and is_gif:
+        pictures = [_on_or_off(picture) for picture in pictures]
+        # Or what a frame leaves transparent would show the frame before.
+        # Not optimised: a frame without clear colour would lose it, and what it uncovers later.
+        options = {"disposal": 2, "transparency": _CLEAR, "optimize": False}
+    elif is_transparent and all(picture == pictures[0] for picture in pictures):
+        # The encoder would make a still of them by itself, and an opaque one.
+        pictures[0].save(part, **options)
+        return
     pictures[0].save(
         part, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **options
     )
+    if is_transparent and not is_gif:
+        _say_transparent(part)
+
+
+def _on_or_off(picture: Image.Image) -> Image.Image:
+    """A picture of 255 colours, and one that is transparent."""
+    clear = picture.getchannel("A").point(lambda opacity: 255 * (opacity < 128))
+    shown = picture.convert("RGB").quantize(_CLEAR)
+    palette = (shown.getpalette() or [])[: 3 * _CLEAR]
+    shown.putpalette(palette + [255] * (3 * (_CLEAR + 1) - len(palette)))
+    shown.paste(_CLEAR, mask=clear)
+    return shown
+
+
+def _say_transparent(part: Path) -> None:
+    """Set the flag of opacity in a WebP's header.
+
+    Frames are stored without their transparent borders; if that leaves opaque ones only, the
+    encoder takes the whole for opaque, and readers fill the borders.
+    """
+    with part.open("r+b") as file:
+        head = file.read(21)
+        if head[12:16] == b"VP8X":
+            file.seek(20)
+            file.write(bytes([head[20] | 0x10]))
 
 
 def _write_numbered(path: Path, frames: Iterator[np.ndarray], timing: Timing) -> None:

@@ -28,7 +28,7 @@ VIDEO_CODECS = {".mp4": "libx264", ".mov": "libx264", ".mkv": "libx264", ".webm"
 # Whatever a video can be written as, beside numbered pictures.
 WRITTEN_ENDINGS = (*VIDEO_CODECS, *ANIMATIONS)
 Codec = Literal["h264", "vp9", "prores", "prores4444"]
-_TRANSPARENT = ".webm, .mov (prores4444) or frames/%05d.png"
+_TRANSPARENT = ".webm, .mov (prores4444), .webp, .gif or frames/%05d.png"
 # Every common rate divides it, and .mp4 and .mov keep it.
 _VARYING_TICK = Fraction(1, 90000)
 
@@ -86,7 +86,8 @@ def write_video(
         times_s: float64 [T + 1], where each frame begins and the last ends, as in `VideoClip`; None
             for a constant rate.
         pixel_aspect: width of a pixel by its height.
-        alpha: uint8 [T, H, W] opacity of the frames; for VP9, ProRes 4444 and pictures.
+        alpha: uint8 [T, H, W] opacity of the frames; for VP9, ProRes 4444 and pictures; GIF knows
+            only on and off.
         tags: `creation_time` and `timecode`, where the container has them.
         audio_from: a file whose first audio stream is added; one without audio adds nothing.
         audio_start_s: where in that file the frames begin, seconds.
@@ -119,9 +120,6 @@ def write_video(
         timing = Timing(clock.fps, times_s)
         if codec is not None:
             raise ConfigError(f"codec {codec} is none of {suffix}; leave it out")
-        if alpha is not None and suffix in ANIMATIONS:
-            # GIF is not half transparent; Pillow's WebP forgets borders that stay transparent.
-            raise ConfigError(f"{suffix} is not written transparent; use {_TRANSPARENT}")
         return write_pictures(
             path,
             _squared(pictures, pixel_aspect),

@@ -24,6 +24,7 @@ ViewName = Literal[
     "jigsaw",
     "pixels",
 ]
+_NAMES: tuple[str, ...] = get_args(ViewName)
 # Of a piece's side: how far a jigsaw's knob lies in the neighbour, and its radius.
 KNOB_CENTRE, KNOB_RADIUS = 0.1, 0.18
 
@@ -45,8 +46,8 @@ class View:
     grid: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(ViewName):
-            known = ", ".join(get_args(ViewName))
+        if self.name not in _NAMES:
+            known = ", ".join(_NAMES)
             raise ConfigError(f"there is no view {self.name!r}; use one of {known}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"view seed {self.seed}; expected 0 to {2**32 - 1}")

@@ -7,6 +7,7 @@ import faulthandler
 import logging
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 from tests.fuzz.kinds import KINDS
@@ -26,6 +27,7 @@ def main() -> int:
     args = parser.parse_args()
     logging.getLogger("stylemaster").setLevel(logging.CRITICAL)
     faulthandler.enable()
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than cores
     budget = Budget(None if args.long else args.seconds, args.seed)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         tallies = run(KINDS, budget, Path(scratch), only=args.only, say=sys.stdout.write)

@@ -184,7 +184,7 @@ def _strike_reader(prepared: _Prepared, drawn: tuple[int, int], folder: Path) ->
     _whole_run(folder)
     latest = latest_checkpoint(folder / "checkpoints")
     last = read_stats(folder)[-1]["step"]
-    require(latest is not None and latest.name.endswith(f"-{last:07d}"), f"{latest}, not {last}")
+    require(latest and read_checkpoint(latest).step == last, f"{latest}, not {last}")
     require(last >= drawn[0], "the step in which the reader was struck is lost")
     _in_child(lambda: _train(2, READER_STEPS, save_every=1000)(folder), None, 0)
     require(_trained(folder) == prepared.result, "the result differs from an undisturbed run's")

@@ -15,7 +15,7 @@ from stylemaster_core.data.images import write_image
 from stylemaster_core.data.pairs import open_pair_folder, read_pairs
 from stylemaster_core.data.samples import find_pictures, read_samples
 from stylemaster_core.errors import ConfigError, WeightsError
-from stylemaster_core.file_names import check_name, file_below, refuse_outside
+from stylemaster_core.file_names import check_name, file_below, finder_below, refuse_outside
 from stylemaster_core.queue.journal import read_journal
 from stylemaster_core.training.checkpoint import latest_checkpoint
 from stylemaster_core.training.stats import NAME, read_stats, sample_file
@@ -203,3 +203,26 @@ def test_a_run_may_be_called_as_a_runs_files_are(work_folder):
     assert work_folder("runs", "tables").name == "tables"
     with pytest.raises(ValueError, match="lies inside"):
         work_folder("datasets", "tables/x")
+
+
+def test_names_of_one_folder_lead_out_by_no_link(tmp_path):
+    """Whatever the case of letters, which some file systems do not tell apart."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (folder / "Link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "inside.png").symlink_to(folder / "b.png")
+    find = finder_below(folder, folder / "pairs.jsonl")
+    assert find("a.png") == folder / "a.png" and find("sub/a.png") == folder / "sub/a.png"
+    assert find("inside.png") == folder / "inside.png"
+    for name in ("Link.png", "../secret.png", "/a.png", "", None, 3, "a\0"):
+        with pytest.raises(ConfigError, match="pairs.jsonl names a file that is not below"):
+            find(name)
+    assert finder_below(tmp_path / "none", folder)("a.png") == tmp_path / "none" / "a.png"
+    looked_up = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stylemaster_core.file_names.os.path.islink", looked_up.append)
+        find("a.png")
+        assert not looked_up
+        find("link.png")
+        assert looked_up == [folder / "link.png"]

@@ -217,19 +217,65 @@ def test_transparency_is_put_on_white_or_kept(tmp_path, name):
     np.testing.assert_array_equal(kept.frames, clip.frames)
     assert np.abs(kept.alpha.astype(int) - OPACITY).max() <= 3
     options = {"fps": 10, "alpha": kept.alpha, "quality": 100}
-    for target in ("b.mov", "b.webm", "b.mkv", "frames/%d.png"):
+    for target in ("b.mov", "b.webm", "b.mkv", "b.webp", "frames/%d.png"):
         path = tmp_path / target
         write_video(path, kept.frames, **options)
         again = read_video(path.parent if "%" in target else path, keep_alpha=True)
         assert np.abs(again.alpha.astype(int) - kept.alpha).max() <= 8, target
         assert np.abs(again.frames[:, 4, 4].astype(int) - 255).max() <= 3
-    for target in ("c.mp4", "c.gif", "c.webp"):
-        with pytest.raises(ConfigError, match="transparent"):
-            write_video(tmp_path / target, kept.frames, **options)
+    with pytest.raises(ConfigError, match="transparent"):
+        write_video(tmp_path / "c.mp4", kept.frames, **options)
     with pytest.raises(LayoutError, match="opacity"):
         write_video(tmp_path / "c.webm", kept.frames, fps=10, alpha=kept.alpha[:2])
     with pytest.raises(LayoutError, match="opacity"):
         write_video(tmp_path / "c.webm", kept.frames, fps=10, alpha=kept.alpha[:, :8])
+
+
+def opacities(kind):
+    """uint8 [4, 24, 32]."""
+    y, x = np.mgrid[:24, :32]
+    moving = [(y // 12 == i % 2) & (x // 16 == i // 2) for i in range(4)]
+    return {
+        "a border": np.repeat([(y > 5) & (y < 18) & (x > 7) & (x < 20)], 4, 0) * np.uint8(255),
+        "what moves": np.stack(moving) * np.uint8(255),
+        "half": np.repeat([np.where(x > 15, 128, 127)], 4, 0).astype(np.uint8),
+        "steps": np.repeat([x * 8], 4, 0).astype(np.uint8),
+        "ever less": np.stack([(x < 32 - 10 * i) * np.uint8(255) for i in range(4)]),
+        "nothing at first": np.stack([(x < 10 * i) * np.uint8(255) for i in range(4)]),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["a border", "what moves", "half", "steps", "ever less", "nothing at first"]
+)
+def test_animations_are_as_transparent_as_they_were_made(tmp_path, kind):
+    alpha = opacities(kind)
+    levels = np.random.default_rng(0).choice([0, 90, 180, 255], (4, 6, 8, 3)).astype(np.uint8)
+    frames = levels.repeat(4, 1).repeat(4, 2)
+    for target, wanted, quality in (
+        ("a.webp", alpha, 100),
+        ("lossy.webp", alpha, 80),
+        ("a.gif", np.where(alpha < 128, 0, 255), 100),
+    ):
+        write_video(tmp_path / target, frames, fps=10, alpha=alpha, quality=quality)
+        again = read_video(tmp_path / target, keep_alpha=True)
+        assert again.alpha is not None and again.fps == 10, target
+        np.testing.assert_array_equal(again.alpha, wanted, err_msg=target)
+        if quality == 100:
+            seen = wanted == 255
+            np.testing.assert_array_equal(again.frames[seen], frames[seen], err_msg=target)
+        plain = read_video(tmp_path / target).frames
+        assert (plain[wanted == 0] == 255).all(), "transparent is white"
+
+
+def test_a_transparent_animation_of_one_picture_stays_transparent(tmp_path):
+    alpha = np.repeat(opacities("a border")[:1], 3, 0)
+    frames = np.full((3, 24, 32, 3), (200, 30, 90), np.uint8)
+    for target in ("a.webp", "a.gif"):
+        write_video(tmp_path / target, frames, fps=10, alpha=alpha, quality=100)
+        again = read_video(tmp_path / target, keep_alpha=True)
+        np.testing.assert_array_equal(again.alpha[0], alpha[0])
+        assert again.frames[0, 10, 10].tolist() == [200, 30, 90]
 
 
 def test_an_image_keeps_its_transparency_if_asked(tmp_path):
