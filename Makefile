@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := stylemaster_core nodes tests bench web recipes __init__.py
 
-.PHONY: demo comfy tiny test lint types unit fuzz comfy-tests clean
+.PHONY: demo comfy tiny test test-lowest test-newest lint types unit fuzz comfy-tests clean
 
 demo: $(VENV)/.installed  ## the small model restyles a clip to three style pictures, and measures it
 	$(BIN)/stylemaster demo --out demo --overwrite
@@ -34,6 +34,18 @@ types: $(VENV)/.installed
 unit: $(VENV)/.installed  ## everything that needs no ComfyUI
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/comfy -q -n 2 --dist loadfile
 
+# The lowest versions that pyproject.toml allows, and the newest, each in an environment of its own.
+# TORCH=torch takes the newest PyTorch, too; docs/compatibility.md says what was run.
+TESTS ?= tests --ignore tests/comfy --ignore tests/unit/test_tiny_recipe.py
+test-lowest: VERSIONS := lowest-direct
+test-newest: VERSIONS := highest
+test-lowest test-newest: test-%:  ## all unit tests but the recipe's, which trains for minutes
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet $(TORCH) uv
+	.venv-$*/bin/uv pip install --quiet --python .venv-$* --resolution $(VERSIONS) \
+		--reinstall-package filelock '$(TORCH)' -e '.[dev]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+
 # FUZZ=--long plays everything, by count; --report writes docs/reliability.md.
 FUZZ ?= --seconds 240
 fuzz: $(VENV)/.installed  ## damaged files, hostile names, kills, misbehaving servers; seeded
@@ -51,4 +63,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-lowest .venv-newest demo
