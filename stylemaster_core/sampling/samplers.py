@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol, get_args
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -61,7 +62,10 @@ def create_sampler(name: SamplerName, sigmas: Tensor) -> Sampler:
     if name == "unipc":
         from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-        return DiffusersSampler(UniPCMultistepScheduler(**options), sigmas)
+        # At exactly 1 the logarithm of the signal is -inf, and UniPC solves equations with it: to
+        # NaN by some linear algebra libraries, such as that of PyTorch 2.4.
+        below = sigmas.float().clamp(max=1 - torch.finfo(torch.float32).eps / 2)
+        return DiffusersSampler(UniPCMultistepScheduler(**options), below)
     if name == "dpm++":
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 

@@ -113,3 +113,16 @@ def test_in_the_sampling_loop(tiny_transformer, tiny_inputs, name):
 def test_unknown_name():
     with pytest.raises(ConfigError, match="'heun' is unknown"):
         create_sampler("heun", flow_match_sigmas(2, shift=5.0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_equation_holds_infinity(pair, monkeypatch, name):
+    """What comes of it depends on the linear algebra library: NaN with PyTorch 2.4."""
+    solve = torch.linalg.solve
+
+    def finite(matrix, right):
+        assert torch.isfinite(matrix).all() and torch.isfinite(right).all()
+        return solve(matrix, right)
+
+    monkeypatch.setattr(torch.linalg, "solve", finite)
+    assert torch.isfinite(integrate(name, gaussian(0.3), pair[1], 7)).all()
