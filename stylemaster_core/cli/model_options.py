@@ -9,8 +9,9 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from ..errors import WeightsError
+from ..errors import ConfigError, WeightsError
 from ..pipelines.models import ModelFiles, Models
 from ..pipelines.tiny import tiny_files
 
@@ -59,8 +60,7 @@ def add_model_options(parser: argparse.ArgumentParser, *others: str) -> argparse
         option = "--" + field.name.replace("_", "-")
         group.add_argument(option, type=Path, metavar="PATH", help="file or folder")
     memory = parser.add_argument_group("device and memory")
-    memory.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    memory.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    add_device_options(memory)
     memory.add_argument(
         "--offload", default="none", choices=("none", "layers"), help="move layers as needed"
     )
@@ -68,10 +68,44 @@ def add_model_options(parser: argparse.ArgumentParser, *others: str) -> argparse
         "--storage", default="compute", choices=("compute", "float8"), help="of the transformer"
     )
     memory.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
-    memory.add_argument(
+    return group
+
+
+def add_device_options(group: argparse._ArgumentGroup) -> None:
+    """Where and in which numbers is computed, and whether weights are looked at before."""
+    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    group.add_argument(
         "--skip-weight-check", action="store_true", help="do not look for NaN in the weights"
     )
-    return group
+
+
+def add_style_files(
+    parser: argparse.ArgumentParser, *, several: str, strength: float = 1.0
+) -> None:
+    """Options that name styles, and say where, when and how strongly they act.
+
+    Args:
+        parser: gets them.
+        several: what several pictures mean.
+        strength: the release's.
+    """
+    repeated: dict[str, Any] = {"action": "append", "type": Path, "default": [], "metavar": "FILE"}
+    parser.add_argument(
+        "--style", help=f"a style picture, or a saved style (.safetensors); {several}", **repeated
+    )
+    parser.add_argument(
+        "--style-mask",
+        help="where each --style acts, in their order: a gray picture, white for there",
+        **repeated,
+    )
+    parser.add_argument(
+        "--style-strength",
+        type=float,
+        default=strength,
+        help=f"of the style branch; {strength:g} is the release's",
+    )
+    parser.add_argument("--style-range", type=parse_range, default=(0.0, 1.0), metavar="START:END")
 
 
 def open_models(args: argparse.Namespace, random_dir: Path | None = None) -> Models:
@@ -169,6 +203,17 @@ def add_lora_option(group: argparse._ArgumentGroup, model: str) -> None:
         metavar="FILE[:SCALE]",
         help=f"LoRA for {model}, merged at this strength (1); may be given several times",
     )
+
+
+def check_lora_files(loras: list[tuple[Path, float]]) -> None:
+    """Refuse LoRAs that are not there.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for path, scale in loras:
+        if not path.is_file():
+            raise ConfigError(f"--lora {path}:{scale}: there is no such file")
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -24,7 +24,7 @@ from ..models.texture_selector import SelectionMode, num_kept
 from ..pipelines.encode_style import TextureConfig, encode_style, encode_stylecrafter
 from ..pipelines.models import Models
 from ..seeds import check_seed
-from .model_options import parse_range
+from .model_options import add_style_files
 
 
 def add_texture_options(parser: argparse.ArgumentParser) -> None:
@@ -57,14 +57,7 @@ def texture_config(args: argparse.Namespace) -> TextureConfig:
 
 def add_style_options(parser: argparse.ArgumentParser) -> None:
     """Options that name the style."""
-    parser.add_argument(
-        "--style",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="a style picture, or a saved style (.safetensors); repeat it to blend several",
-    )
+    add_style_files(parser, several="repeat it to blend several")
     parser.add_argument(
         "--style-weight",
         action="append",
@@ -79,16 +72,6 @@ def add_style_options(parser: argparse.ArgumentParser) -> None:
         choices=(*get_args(BlendMode), "time"),
         help="how several styles act: mixed, side by side, or one after another over the video",
     )
-    parser.add_argument(
-        "--style-mask",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="where each --style acts, in their order: a gray picture, white for there",
-    )
-    parser.add_argument("--style-strength", type=float, default=1.0, help="of the style branch")
-    parser.add_argument("--style-range", type=parse_range, default=(0.0, 1.0), metavar="START:END")
     add_texture_options(parser)
 
 

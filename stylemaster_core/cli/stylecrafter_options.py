@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import ConfigError, WeightsError
-from .model_options import RANDOM, parse_range
+from .model_options import RANDOM, add_device_options, add_style_files
+from .results import say
 
 if TYPE_CHECKING:
     from ..models.decoupled_attention import StyleRegion
@@ -21,32 +21,14 @@ def add_style_options(parser: argparse.ArgumentParser, strength: float) -> None:
     """Options of the styles; `strength` is the release's."""
     from ..data.images import CropMode
 
-    parser.add_argument(
-        "--style",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="a style picture, or a saved style; several pictures are references of one style",
-    )
-    parser.add_argument(
-        "--style-mask",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="where each --style acts, in their order: a gray picture, white for there",
-    )
-    parser.add_argument(
-        "--style-strength", type=float, default=strength, help=f"{strength:g} is the release's"
-    )
-    parser.add_argument("--style-range", type=parse_range, default=(0.0, 1.0), metavar="START:END")
+    several = "several pictures are references of one style"
+    add_style_files(parser, several=several, strength=strength)
     parser.add_argument("--crop", default="center", choices=get_args(CropMode))
     parser.add_argument("--save-style", type=Path, metavar="FILE", help="keep it as .safetensors")
 
 
 def add_model_files(group: Any, help_of: Mapping[str, str], base: str) -> None:
-    """Options that name the files of the models, or small random ones in their places."""
+    """Options that name the files of the models, or small random ones, and where they run."""
     group.add_argument(
         "--model",
         choices=(base, RANDOM),
@@ -56,9 +38,7 @@ def add_model_files(group: Any, help_of: Mapping[str, str], base: str) -> None:
     group.add_argument("--models-dir", type=Path, help="default: $COMFYUI_PATH/models or ./models")
     for name, text in help_of.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=Path, metavar="PATH", help=text)
-    group.add_argument(
-        "--skip-weight-check", action="store_true", help="do not look for NaN in the weights"
-    )
+    add_device_options(group)
 
 
 def find_models(
@@ -162,9 +142,3 @@ def style_regions(
         StyleRegion(style.tokens, args.style_strength, mask=mask, start=start, end=end)
         for style, mask in zip(styles, masks or [None], strict=True)
     ]
-
-
-def say(args: argparse.Namespace, text: str) -> None:
-    """Tell the user, unless the result is to be JSON."""
-    if not args.json:
-        sys.stderr.write(text + "\n")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import tempfile
 import time
 from fractions import Fraction
@@ -23,6 +21,7 @@ from .model_options import (
     parse_range,
     parse_size,
 )
+from .results import add_output_options, say, tell_result
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,8 +124,7 @@ def add_parser(subparsers: Any) -> None:
         help="begin every frame from the same noise: less flicker in a restyled video, from models "
         f"that learned it (flow.same_noise); {_default('same_noise')}",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--json", action="store_true", help="result as one line of JSON")
+    add_output_options(parser)
     add_lora_option(add_model_options(parser), "Wan")
 
 
@@ -170,11 +168,11 @@ def run(args: argparse.Namespace) -> int:
         _write(args, path, frames, clip, task)
 
     try_writing(args.output, size, write)
-    _say(args, f"{task}: {args.output.name}")
+    say(args, f"{task}: {args.output.name}")
     with tempfile.TemporaryDirectory() as scratch:
         models = open_models(args, Path(scratch))
         models.files.require(needed_files(config), task)
-        _say(args, "encoding prompt and style")
+        say(args, "encoding prompt and style")
         models.encode_text([args.prompt, args.negative_prompt])
         style = style_regions(args, open_styles(args, models, args.prompt))
         bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
@@ -185,27 +183,12 @@ def run(args: argparse.Namespace) -> int:
                 config,
                 frames=clip.frames if len(clip.frames) else None,
                 callback=lambda _: bar.update(),
-                stage=lambda name: _say(args, name),
+                stage=lambda name: say(args, name),
             )
         finally:
             bar.close()
     write_or_rescue(args.output, lambda path: write(path, result.frames))
-    seconds = round(time.perf_counter() - started, 2)
-    num_frames, height, width, _ = result.frames.shape
-    if args.json:
-        report = {
-            "task": task,
-            "output": str(args.output),
-            "frames": num_frames,
-            "height": height,
-            "width": width,
-            "seed": config.seed,
-            "device": str(models.device),
-            "seconds": seconds,
-        }
-        sys.stdout.write(json.dumps(report) + "\n")
-    else:
-        _say(args, f"wrote {args.output}: {num_frames} frames of {width} x {height}, {seconds} s")
+    tell_result(args, result.frames, started, models.device, task=task)
     return 0
 
 
@@ -380,8 +363,3 @@ def _tiny(field: str) -> str:
     from ..pipelines.tiny import SETTINGS
 
     return f", tiny {SETTINGS[field]}" if field in SETTINGS else ""
-
-
-def _say(args: argparse.Namespace, text: str) -> None:
-    if not args.json:
-        sys.stderr.write(text + "\n")

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
-from .model_options import add_lora_option, parse_size
+from .model_options import add_lora_option, check_lora_files, parse_size
+from .results import add_output_options, say, tell_result
 from .stylecrafter_options import (
     add_model_files,
     add_style_options,
     check_style_options,
     find_models,
-    say,
     style_regions,
 )
 
@@ -58,10 +54,7 @@ def add_parser(subparsers: Any) -> None:
     group = parser.add_argument_group("models")
     add_model_files(group, HELP, "sdxl")
     add_lora_option(group, "SDXL")
-    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--json", action="store_true", help="result as one line of JSON")
+    add_output_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
     )
     check_sdxl_config(config)
     check_style_options(args)
-    for path, scale in args.lora:
-        if not path.is_file() or not math.isfinite(scale):
-            raise ConfigError(f"--lora {path}:{scale}: expected a file and a finite strength")
+    check_lora_files(args.lora)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     check_place(args.output, overwrite=args.overwrite)
@@ -132,20 +123,7 @@ def run(args: argparse.Namespace) -> int:
                 stage=lambda name: say(args, name),
             )
     write_or_rescue(args.output, lambda path: write(path, picture[None]))
-    seconds = round(time.perf_counter() - started, 2)
-    height, width, _ = picture.shape
-    if args.json:
-        report = {
-            "output": str(args.output),
-            "height": height,
-            "width": width,
-            "seed": config.seed,
-            "device": str(device),
-            "seconds": seconds,
-        }
-        sys.stdout.write(json.dumps(report) + "\n")
-    else:
-        say(args, f"wrote {args.output}: {width} x {height}, {seconds} s")
+    tell_result(args, picture[None], started, device)
     return 0
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .model_options import parse_size
+from .model_options import add_lora_option, check_lora_files, parse_size
+from .results import add_output_options, say, tell_result
 from .stylecrafter_options import (
     add_model_files,
     add_style_options,
     check_style_options,
     find_models,
-    say,
     style_regions,
 )
 
@@ -84,10 +82,8 @@ def add_parser(subparsers: Any) -> None:
         metavar="PATH",
         help="StyleCrafter's temporal layers (temporal_v1_1), in place of the UNet's",
     )
-    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--json", action="store_true", help="result as one line of JSON")
+    add_lora_option(group, "VideoCrafter")
+    add_output_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,12 +97,14 @@ def run(args: argparse.Namespace) -> int:
         load_videocrafter,
         stylize_videocrafter,
     )
+    from ..weights.lora import check_videocrafter_loras
     from ..writing import check_place, write_or_rescue
     from .preflight import try_writing
 
     started = time.perf_counter()
     _check_output(args)
     check_style_options(args)
+    check_lora_files(args.lora)
     config = _config(args)
     check_videocrafter_config(config)
     device = choose_device(args.device)
@@ -116,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     try_writing(args.output, size, lambda path, frames: _write(args, path, frames))
     with tempfile.TemporaryDirectory() as scratch:
         files = find_models(args, DEFAULT_FILES, HELP, lambda: _random_files(Path(scratch)))
+        check_videocrafter_loras(args.lora, files["unet"])
         say(args, "encoding the style")
         adapter = load_adapter(files["adapter"], skip_check=args.skip_weight_check)
         regions = style_regions(args, adapter, files["image_encoder"], device)
@@ -127,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
             temporal=args.temporal,
             device=device,
             dtype=dtype,
+            loras=args.lora,
             skip_check=args.skip_weight_check,
         )
         bar = tqdm(total=config.num_steps, desc="sampling", unit="step", disable=args.json)
@@ -140,22 +140,7 @@ def run(args: argparse.Namespace) -> int:
                 stage=lambda name: say(args, name),
             )
     write_or_rescue(args.output, lambda path: _write(args, path, frames))
-    seconds = round(time.perf_counter() - started, 2)
-    num_frames, height, width, _ = frames.shape
-    if args.json:
-        report = {
-            "output": str(args.output),
-            "frames": num_frames,
-            "height": height,
-            "width": width,
-            "seed": config.seed,
-            "device": str(device),
-            "seconds": seconds,
-        }
-        sys.stdout.write(json.dumps(report) + "\n")
-    else:
-        what = f"{num_frames} frames of {width} x {height}"
-        say(args, f"wrote {args.output}: {what}, {seconds} s")
+    tell_result(args, frames, started, device)
     return 0
 
 

@@ -20,6 +20,7 @@ from ..models.videocrafter_unet import NUM_FRAMES, VideoCrafterUNet, load_videoc
 from ..sampling.denoise_video import denoise_video
 from ..seeds import LOWEST_OF_TORCH, check_seed
 from ..weights.files import read_state_dict
+from ..weights.lora import merge_videocrafter_loras
 from ..weights.numbers import check_weights
 from ..weights.state_dict import Kind, describe_kind, detect_kind, shapes_of, strip_prefix
 from .stylize_sdxl import PreparedStyle
@@ -88,6 +89,7 @@ def load_videocrafter(
     temporal: Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    loras: Sequence[tuple[Path, float]] = (),
     skip_check: bool = False,
 ) -> VideoCrafter:
     """Load what `stylemaster weights convert` makes of VideoCrafter's model.ckpt.
@@ -99,6 +101,7 @@ def load_videocrafter(
         temporal: StyleCrafter's temporal layers, which take the place of the UNet's.
         device: where to put them.
         dtype: of UNet and text encoder.
+        loras: files with strengths, merged into the UNet.
         skip_check: do not look for NaN and infinity.
 
     Raises:
@@ -106,9 +109,13 @@ def load_videocrafter(
     """
     layers = None if temporal is None else _read(temporal, "stylecrafter_temporal", skip_check)
     loaded = load_videocrafter_unet(_read(unet, "videocrafter_unet", skip_check), layers)
+    names = loaded.release_keys
+    weights = {names[key]: value for key, value in loaded.state_dict().items()}
+    weights = merge_videocrafter_loras(weights, loras, torch.float32)
+    loaded.load_state_dict({key: weights[name] for key, name in names.items()}, assign=True)
     text = load_text_encoder(text_encoder, device=device, dtype=dtype, skip_check=skip_check)
     # Not with its own `to`, which warns of a list of modules that is empty.
-    nn.Module.to(loaded, device, dtype)
+    nn.Module.to(loaded.requires_grad_(False), device, dtype)
     return VideoCrafter(loaded, load_frame_vae(vae, skip_check=skip_check).to(device), text)
 
 

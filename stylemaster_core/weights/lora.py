@@ -6,7 +6,7 @@ also carry whole differences (`diff`, `diff_b`) of norms and biases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ _MATRICES = {  # of the two matrices, by the ending of their keys
     ".lora.down.weight": ".lora.up.weight",
 }
 _DIFFERENCES = {".diff": ".weight", ".diff_b": ".bias"}
-_WAN_PREFIXES = (
+_PREFIXES = (
     "diffusion_model.",
     "transformer.",
     "base_model.model.",
@@ -137,25 +137,40 @@ def find_wan_targets(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         WeightsError: naming what fits nothing, or has another shape.
     """
     base, _ = split_release(strip_prefix(shapes))
-    names: dict[str, str] = {}
-    for key in base:
-        for name in _both_names(key):
-            layer, dot, part = name.rpartition(".")
-            whole = part not in ("weight", "bias")  # such as a block's modulation
-            for prefix in _WAN_PREFIXES:
-                spelled = _spelled(prefix + (name if whole else layer))
-                names[spelled + (".weight" if whole else dot + part)] = key
+    names = {spelled: key for key in base for name in _both_names(key) for spelled in _names(name)}
+    return _targets(lora, names, base, "Wan transformer")
+
+
+def find_videocrafter_targets(
+    lora: Lora, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Change]:
+    """What a LoRA changes in VideoCrafter's UNet, by the names of its release; else as for Wan."""
+    names = {spelled: key for key in shapes for spelled in _names(key)}
+    return _targets(lora, names, shapes, "UNet of VideoCrafter")
+
+
+def _names(key: str) -> list[str]:
+    """How LoRAs call a tensor of the base."""
+    layer, dot, part = key.rpartition(".")
+    if part not in ("weight", "bias"):  # such as a block's modulation
+        return [_spelled(prefix + key) + ".weight" for prefix in _PREFIXES]
+    return [_spelled(prefix + layer) + dot + part for prefix in _PREFIXES]
+
+
+def _targets(
+    lora: Lora, names: Mapping[str, str], base: Mapping[str, tuple[int, ...]], model: str
+) -> dict[str, Change]:
     unknown = sorted(set(lora.changes) - set(names))
     if unknown:
         raise WeightsError(
-            f"{lora.path}: {len(unknown)} of {len(lora.changes)} parts fit nothing in this Wan "
-            f"transformer ({', '.join(unknown[:3])}, ...); give a LoRA for it"
+            f"{lora.path}: {len(unknown)} of {len(lora.changes)} parts fit nothing in this "
+            f"{model} ({', '.join(unknown[:3])}, ...); give a LoRA for it"
         )
     found = {names[name]: change for name, change in lora.changes.items()}
     for key, change in found.items():
         if change.shape != tuple(base[key]):
             raise WeightsError(
-                f"{lora.path}: {key} is for {list(change.shape)}, this transformer has "
+                f"{lora.path}: {key} is for {list(change.shape)}, this {model} has "
                 f"{list(base[key])}; give a LoRA for a model of its size"
             )
     return found
@@ -175,7 +190,13 @@ def check_wan_loras(loras: Iterable[tuple[Path, float]], transformer: Path) -> N
         find_wan_targets(read_lora(path), shapes)
 
 
-@torch.no_grad()
+def check_videocrafter_loras(loras: Iterable[tuple[Path, float]], unet: Path) -> None:
+    """Refuse LoRAs that are damaged or for another model, before any model is loaded."""
+    shapes = strip_prefix({key: shape for key, (shape, _) in read_keys(unet).items()})
+    for path, _ in loras:
+        find_videocrafter_targets(read_lora(path), shapes)
+
+
 def merge_wan_loras(
     weights: Mapping[str, Tensor], loras: Sequence[tuple[Path, float]], dtype: torch.dtype
 ) -> dict[str, Tensor]:
@@ -189,10 +210,27 @@ def merge_wan_loras(
     Raises:
         WeightsError: as `read_lora` and `find_wan_targets`.
     """
+    return _merged(weights, loras, dtype, find_wan_targets)
+
+
+def merge_videocrafter_loras(
+    weights: Mapping[str, Tensor], loras: Sequence[tuple[Path, float]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Weights of VideoCrafter's UNet, under its release's names, with LoRAs; else as for Wan."""
+    return _merged(weights, loras, dtype, find_videocrafter_targets)
+
+
+@torch.no_grad()
+def _merged(
+    weights: Mapping[str, Tensor],
+    loras: Sequence[tuple[Path, float]],
+    dtype: torch.dtype,
+    find_targets: Callable[[Lora, Mapping[str, tuple[int, ...]]], dict[str, Change]],
+) -> dict[str, Tensor]:
     merged = dict(weights)
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     for path, scale in loras:
-        for key, change in find_wan_targets(read_lora(path), shapes).items():
+        for key, change in find_targets(read_lora(path), shapes).items():
             weight = merged[key].float()
             merged[key] = weight + change.delta().to(weight.device) * scale
     return {

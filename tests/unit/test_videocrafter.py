@@ -376,3 +376,62 @@ def test_the_command_writes_a_picture_with_files_of_ones_own(
     assert code == 0 and Image.open(tmp_path / "out.png").size == (32, 16), said.err
     code, said = run(tmp_path, capsys, "more.png", "--frames", "1", *files[2:])
     assert code == 2 and "give --unet" in said.err
+
+
+# ---- LoRAs ----
+
+LAYERS = ["input_blocks.1.1.transformer_blocks.0.attn1.to_q", "init_attn.0.proj_in",
+          "input_blocks.1.2.transformer_blocks.0.attn2.to_v"]  # fmt: skip
+# How the layer and the two matrices are called, and whether dots in its name are.
+FORMS = {
+    "kohya": ("lora_unet_", "_", "lora_down", "lora_up"),
+    "ComfyUI": ("diffusion_model.", ".", "lora_A", "lora_B"),
+    "release": ("model.diffusion_model.", ".", "lora_down", "lora_up"),
+}
+
+
+def write_lora(path, unet, form, layers=LAYERS):
+    """A LoRA of rank 2 and alpha 1; returns what it adds at strength 1."""
+    prefix, dot, down, up = FORMS[form]
+    draw, tensors, change = torch.Generator().manual_seed(2), {}, {}
+    for layer in layers:
+        rows, *columns = unet[f"{layer}.weight"].shape
+        a = torch.randn(2, *columns, generator=draw)
+        b = torch.randn(rows, 2, *[1] * (len(columns) - 1), generator=draw)
+        name = prefix + layer.replace(".", dot)
+        tensors |= {f"{name}.{down}.weight": a, f"{name}.{up}.weight": b}
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+        change[f"{layer}.weight"] = (b.flatten(1) @ a.flatten(1)).view(rows, *columns) / 2
+    write_state_dict(path, tensors)
+    return change
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_lora_is_merged(converted, tmp_path, form):
+    unet, temporal = (read_state_dict(converted[i]).tensors for i in (0, 4))
+    change = write_lora(tmp_path / "lora.safetensors", unet, form)
+    loras = [(tmp_path / "lora.safetensors", 0.5)]
+    model = load_videocrafter(*converted[:3], temporal=converted[4], loras=loras).unet
+    names = model.release_keys
+    for key, value in model.state_dict().items():
+        wanted = (unet | temporal)[names[key]].float()  # onto the layers that took others' place
+        if names[key] in change:
+            wanted = wanted + 0.5 * change[names[key]]
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_command_merges_loras_and_refuses_others(tmp_path, capsys, converted, small):
+    unet = dict(read_state_dict(converted[0]).tensors)
+    lora, other = tmp_path / "lora.safetensors", tmp_path / "other.safetensors"
+    write_lora(lora, unet, "kohya")
+    write_lora(other, {"blocks.0.x.weight": torch.ones(4, 4)}, "kohya", ["blocks.0.x"])
+    names = ("--unet", "--vae", "--text-encoder", "--adapter", "--temporal")
+    files = [str(word) for pair in zip(names, converted, strict=True) for word in pair]
+    files += ["--image-encoder", str(small.image_encoder), "--frames", "1"]
+    for name, more in {"a.png": [], "b.png": ["--lora", f"{lora}:0.7"]}.items():
+        assert run(tmp_path, capsys, name, *files, *more)[0] == 0
+    assert not np.array_equal(*(np.asarray(Image.open(tmp_path / n)) for n in ("a.png", "b.png")))
+    for path, words in ((other, "1 of 1 parts fit nothing in this UNet"), ("x", "no such file")):
+        code, said = run(tmp_path, capsys, "c.png", *files, "--lora", str(path))
+        assert code == 2 and words in said.err and not (tmp_path / "c.png").exists()

@@ -122,7 +122,7 @@ def pair(layer: str, down: Tensor | None = None, up: Tensor | None = None) -> di
         (pair("diffusion_model.blocks.7.self_attn.q"), "blocks_7_self_attn_q"),
         (
             pair(f"diffusion_model.{NATIVE}", torch.ones(RANK, 48), torch.ones(48, RANK)),
-            r"blocks.1.self_attn.q.weight is for \[48, 48\], this transformer has \[24, 24\]",
+            r"blocks.1.self_attn.q.weight is for \[48, 48\], this Wan transformer has \[24, 24\]",
         ),
         (pair(NATIVE, up=torch.ones(24, 5)), r"\[4, 24\] and \[24, 5\], which do not multiply"),
         (pair(NATIVE, up=torch.full((24, 4), torch.nan)), "holds NaN or infinity"),
