@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ConfigError(f"{args.out} is not empty; choose another --out, or pass --overwrite")
     started = time.perf_counter()
-    count = args.frames or FRAMES
+    count = FRAMES if args.frames is None else args.frames
+    _check_size(args.out, count)
     clips = {"photograph": photograph_clip(count, *SIZE), "boat": demo_clip(count, *SIZE)}
     styles = painted_styles()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -100,6 +101,26 @@ def run(args: argparse.Namespace) -> int:
 def _some(frames: np.ndarray) -> list[np.ndarray]:
     count = min(SHOWN, len(frames))
     return [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def _check_size(out: Path, count: int) -> None:
+    """Refuse, before anything is drawn, clips that memory or disk cannot hold."""
+    from ..data.memory import free_main_memory
+    from ..pipelines.estimate import estimate_needs
+    from ..writing import check_space
+
+    if count < 1:
+        raise ConfigError(f"--frames {count}; expected 1 or more")
+    clips = len(set(PAIRS.values())) + len(PAIRS)  # all are kept for the contact sheet
+    needs = estimate_needs((count, *SIZE), (clips * count, *SIZE), gpu=False, video=True)
+    free = free_main_memory()
+    if needs.main > free:
+        raise ConfigError(
+            f"clips of {count} frames need at least {needs.main / 1e9:.1f} GB of main memory, "
+            f"{free / 1e9:.1f} GB are free; pass --frames {max(count * free // needs.main, 1)} or "
+            "less"
+        )
+    check_space(out, clips * needs.disk, "the clips", "pass fewer --frames, or another --out")
 
 
 def _beside(picture: np.ndarray | None, clip: np.ndarray) -> np.ndarray:

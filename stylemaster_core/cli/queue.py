@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from contextlib import closing
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,17 @@ def add_parser(subparsers: Any) -> None:
         help="largest result file that is fetched, in GiB; default: 8",
     )
     parser.add_argument(
+        "--max-jobs",
+        type=int,
+        metavar="N",
+        help="run the first N that are not done; the same command goes on from there",
+    )
+    parser.add_argument(
+        "--skip-space-check",
+        action="store_true",
+        help="begin although the disk of --out has less room than the inputs of the jobs take",
+    )
+    parser.add_argument(
         "--redo",
         action="store_true",
         help="run all jobs again; without it, those whose results are still there are left out",
@@ -161,7 +173,11 @@ def _run(
 
     open_jobs = [job for job in jobs if args.redo or not journal.is_done(job.id)]
     earlier = len(jobs) - len(open_jobs)
-    _warn_of_space(args.out, open_jobs)
+    if left := {job.id for job in open_jobs[args.max_jobs :]} if args.max_jobs else set():
+        logger.info("%d jobs are left for a later run of the same command", len(left))
+        open_jobs = open_jobs[: args.max_jobs]
+        jobs = [job for job in jobs if job.id not in left]
+    _check_space(args, open_jobs)
     if earlier:
         logger.info("%d of %d jobs were done earlier: %s", earlier, len(jobs), journal.path)
     failed = 0
@@ -184,21 +200,23 @@ def _run(
     return int(failed > 0)
 
 
-def _warn_of_space(folder: Path, jobs: list[Job]) -> None:
-    """Say where the disk has less room than results as large as the jobs' inputs would take."""
-    needed = sum(
+def _check_space(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """Refuse where the disk has less room than results as large as the jobs' inputs would take."""
+    from ..writing import check_space
+
+    if args.skip_space_check:
+        return
+    sizes = [
         max((file.path.stat().st_size for file in job.uploads.values()), default=0) for job in jobs
+    ]
+    free = shutil.disk_usage(args.out).free
+    fitting = sum(total <= free for total in accumulate(sizes))
+    fewer = f"--max-jobs {fitting} for the first ones, " if fitting else ""
+    advice = (
+        f"pass {fewer}--out on another disk, or --skip-space-check if the results are smaller "
+        "than the inputs"
     )
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        logger.warning(
-            "%s has %.1f GB free; results as large as the inputs of %d jobs take %.1f GB. If it "
-            "fills up, what is done stays, and the same command goes on from there.",
-            folder,
-            free / 1e9,
-            len(jobs),
-            needed / 1e9,
-        )
+    check_space(args.out, sum(sizes), f"Results as large as the inputs of {len(jobs)} jobs", advice)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -209,6 +227,8 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("per_server", "timeout", "give_up", "attempts", "max_result"):
         if not 0 < getattr(args, option) < math.inf:
             raise ConfigError(f"--{option.replace('_', '-')} must be a number above 0.")
+    if args.max_jobs is not None and args.max_jobs < 1:
+        raise ConfigError("--max-jobs must be a number above 0.")
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:

@@ -64,11 +64,10 @@ class FrameConverter:
         # On the frame since PyAV 15.
         transfer = int(getattr(frame, "color_trc", context.color_trc))
         primaries = int(getattr(frame, "color_primaries", context.color_primaries))
+        has_alpha = any(component.is_alpha for component in frame.format.components)
         if transfer in (_PQ, _HLG) or primaries in _TO_BT709:
-            pixels = self._sdr(frame, transfer, primaries)
-            has_alpha = False
+            pixels = self._sdr(frame, transfer, primaries, has_alpha)
         else:
-            has_alpha = any(component.is_alpha for component in frame.format.components)
             pixels = self._pixels(frame, "rgba" if has_alpha else "rgb24")
         if has_alpha and not self.keep_alpha:
             pixels = on_white(pixels)[..., :3]
@@ -76,12 +75,16 @@ class FrameConverter:
             pixels = on_white(pixels)
         return self._upright(pixels, frame)
 
-    def _sdr(self, frame: av.VideoFrame, transfer: int, primaries: int) -> np.ndarray:
+    def _sdr(
+        self, frame: av.VideoFrame, transfer: int, primaries: int, has_alpha: bool
+    ) -> np.ndarray:
         if not self._said:
             kind = {_PQ: "HDR (PQ)", _HLG: "HDR (HLG)"}.get(transfer, _PRIMARIES.get(primaries))
             logger.warning("%s is %s; its colours are converted to SDR, BT.709", self._path, kind)
             self._said = True
-        return wide_to_bt709(self._pixels(frame, "rgb48le"), transfer, primaries)
+        codes = self._pixels(frame, "rgba64le" if has_alpha else "rgb48le")
+        pixels = wide_to_bt709(codes[..., :3], transfer, primaries)
+        return np.dstack([pixels, (codes[..., 3] >> 8).astype(np.uint8)]) if has_alpha else pixels
 
     def _pixels(self, frame: av.VideoFrame, pix_fmt: str) -> np.ndarray:
         # A frame's own one would be made anew, and held, for every frame.

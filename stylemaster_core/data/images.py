@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
 from ..writing import written_beside
+from .memory import check_picture_fits
 from .picture_pixels import open_picture, to_rgb, to_rgba
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -73,8 +74,11 @@ def read_image(path: str | Path, *, keep_alpha: bool = False) -> np.ndarray:
         raise LayoutError(f"the image file {path} is empty (0 bytes); give another")
     try:
         with open_picture(path) as image:
+            check_picture_fits(path, *image.size)
             with_alpha = keep_alpha and image.has_transparency_data
             return to_rgba(image) if with_alpha else to_rgb(image)
+    except LayoutError:
+        raise
     except UnidentifiedImageError as error:
         raise LayoutError(
             f"{path} is not an image that Pillow can read; give PNG or JPEG"

@@ -12,6 +12,8 @@ logger = logging.getLogger("stylemaster")
 
 # What is worth a word before it is read.
 _MUCH_BYTES = 1 << 30
+# A picture below takes no look at the memory, which costs more than a small picture.
+_LARGE_PICTURE_BYTES = 1 << 28
 
 
 def free_main_memory() -> int:
@@ -26,6 +28,29 @@ def free_main_memory() -> int:
     except (OSError, ValueError):
         return free
     return free if limit == "max" else min(free, int(limit) - used)
+
+
+def check_picture_fits(path: Path, width: int, height: int) -> None:
+    """Refuse a large picture that memory cannot hold, before it is decoded.
+
+    Args:
+        path: the file, for the message.
+        width: pixels.
+        height: pixels.
+
+    Raises:
+        LayoutError: if there is less memory than three copies of it take: decoded, turned upright
+            in sRGB, and as an array.
+    """
+    needed = width * height * 4 * 3
+    if needed < _LARGE_PICTURE_BYTES:
+        return
+    free = free_main_memory()
+    if needed > free:
+        raise LayoutError(
+            f"the image {path} of {width} x {height} takes {needed / 1e9:.1f} GB of main memory to "
+            f"read, {free / 1e9:.1f} GB are free; scale it down"
+        )
 
 
 def check_frames_fit(path: Path, num_frames: int, shape: tuple[int, ...]) -> None:

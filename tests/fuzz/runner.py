@@ -103,7 +103,8 @@ def _run_kind(
             count = min(count, wanted - tally.cases)
             before = tally.cases
             batch_seed = zlib.crc32(f"{seed} {kind.name} {name} {round_}".encode())
-            _play(kind, name, prepared[name], batch_seed, count, folder / "case", tally, say)
+            batch = Batch(batch_seed, count, is_first=round_ == 0)
+            _play(kind, name, prepared[name], batch, folder / "case", tally, say)
             tally.exhausted = tally.cases == before
         if not open_:
             break
@@ -115,15 +116,28 @@ def _first_few(round_: int, kind: Kind) -> int:
     return min(kind.batch, 4 << round_)
 
 
+class Batch(NamedTuple):
+    """Cases that are drawn together."""
+
+    seed: int
+    count: int
+    is_first: bool  # of its endpoint
+
+
 def _play(
-    kind: Kind, name: str, prepared: Any, seed: int, count: int, place: Path, tally: Tally, say: Say
+    kind: Kind, name: str, prepared: Any, batch: Batch, place: Path, tally: Tally, say: Say
 ) -> None:
-    """Play `count` cases of an endpoint; the first fault is said, as small as it can be made."""
+    """Play a batch of an endpoint; the first fault is said, as small as it can be made."""
     endpoint: Endpoint = kind.endpoints[name]
-    failed = False
+    # Hypothesis begins with the simplest case, whatever the seed: only the first batch plays it,
+    # or small batches would play nothing else.
+    failed, skip_one = False, not batch.is_first
 
     def case(drawn: Any) -> None:
-        nonlocal failed
+        nonlocal failed, skip_one
+        if skip_one:
+            skip_one = False
+            return
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         # A hang in native code can only be ended from outside; the stack says where it was.
@@ -140,18 +154,18 @@ def _play(
 
     # By its name the database knows whose cases it has.
     case.__name__ = re.sub(r"\W", "_", f"{kind.name} {name}")
-    phases = [Phase.reuse, Phase.generate, *([Phase.shrink] if kind.shrink else [])]
+    phases = [Phase.generate, *([Phase.shrink] if kind.shrink else [])]
     settings = hypothesis.settings(
-        max_examples=count,
+        max_examples=batch.count + skip_one,
         deadline=None,
-        phases=phases,
+        phases=[Phase.reuse, *phases] if batch.is_first else phases,
         database=DirectoryBasedExampleDatabase(DATABASE),
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         verbosity=hypothesis.Verbosity.quiet,
     )
     # In this order: a seed takes the database away.
-    play = settings(hypothesis.seed(seed)(hypothesis.given(endpoint.cases)(case)))
+    play = settings(hypothesis.seed(batch.seed)(hypothesis.given(endpoint.cases)(case)))
     try:
         play()
     except KeyboardInterrupt:
@@ -161,7 +175,7 @@ def _play(
         lines = "".join(traceback.format_exception(error)).splitlines()
         notes = "\n".join(getattr(error, "__notes__", ()))
         said = "\n".join(f"    {line}" for line in lines[-SHOWN_LINES:])
-        say(f"FAULT {kind.name}/{name} (seed {seed})\n{notes}\n{said}\n")
+        say(f"FAULT {kind.name}/{name} (seed {batch.seed})\n{notes}\n{said}\n")
 
 
 def table(tallies: Sequence[Tally]) -> str:

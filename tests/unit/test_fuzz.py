@@ -56,6 +56,18 @@ def test_a_fault_is_found_said_and_played_first_the_next_time(tmp_path):
     assert played[0] == 701
 
 
+def test_small_batches_do_not_play_the_simplest_case_only(tmp_path):
+    played: list[int] = []
+
+    def check(prepared: Path, case: int, folder: Path) -> str:
+        played.append(case)
+        return "fine"
+
+    (tally,) = run([kind(check, batch=1)], Budget(None, 0), tmp_path, say=str)
+    assert tally.cases == len(played) == 100
+    assert played.count(0) <= 3 and len(set(played)) > 50
+
+
 def test_time_is_shared_and_others_are_left_out(tmp_path):
     check = kind(lambda prepared, case, folder: "fine")
     assert run([check], Budget(0.0, 0), tmp_path, say=str)[0].cases == 0

@@ -1,11 +1,13 @@
 """What a file needs is known before it is decoded; only pictures and videos are opened."""
 
 import logging
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from stylemaster_core.cli import main
 from stylemaster_core.data import memory
 from stylemaster_core.data.images import read_image
 from stylemaster_core.data.videos import probe_video, read_video, write_video
@@ -115,3 +117,36 @@ def test_names_with_colons(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_video("12:30:00.mp4", FRAMES, fps=10)
     assert len(read_video("12:30:00.mp4").frames) == 8
+
+
+@pytest.mark.parametrize("command", ["encode-style", "inspect-style"])
+def test_a_picture_that_cannot_fit_is_refused_before_it_is_decoded(
+    tmp_path, monkeypatch, capsys, command
+):
+    path = tmp_path / "large.png"
+    Image.new("RGB", (6000, 4000)).save(path)
+    monkeypatch.setattr(memory, "free_main_memory", lambda: 10**8)
+    monkeypatch.setattr(Image.Image, "convert", lambda *args: pytest.fail("it is decoded"))
+    if command == "encode-style":
+        options = [str(tmp_path / "s.safetensors"), "--style", str(path)]
+    else:
+        options = [str(path), str(tmp_path / "out.png")]
+    assert main([command, *options, "--model", "small-random"]) == 2
+    said = capsys.readouterr().err
+    assert "6000 x 4000 takes 0.3 GB of main memory" in said and "scale it down" in said
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["large.png"]
+
+
+def test_a_demo_that_cannot_fit_is_refused_before_it_is_drawn(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--frames", "10000000"]) == 2
+    said = capsys.readouterr().err
+    assert "10000000 frames need at least" in said
+    fitting = int(said.split("--frames ")[1].split()[0])
+    assert 1 <= fitting < 10000000
+    assert main(["demo", "--out", str(out), "--frames", "0"]) == 2
+    assert "expected 1 or more" in capsys.readouterr().err
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: types.SimpleNamespace(free=1000))
+    assert main(["demo", "--out", str(out)]) == 2
+    assert "pass fewer --frames, or another --out" in capsys.readouterr().err
+    assert not out.exists()

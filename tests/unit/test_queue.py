@@ -8,6 +8,7 @@ import queue
 import re
 import threading
 import time
+import types
 import urllib.parse
 from contextlib import closing
 
@@ -15,7 +16,7 @@ import pytest
 from aiohttp import web
 
 from stylemaster_core.cli import queue as queue_cli
-from stylemaster_core.errors import ConfigError, StyleMasterError
+from stylemaster_core.errors import ConfigError, DiskError, StyleMasterError
 from stylemaster_core.queue.client import ComfyClient
 from stylemaster_core.queue.journal import Journal, read_journal
 from stylemaster_core.queue.listener import Listener
@@ -559,6 +560,7 @@ def test_a_bad_address_is_refused(url):
         ["--map", "picture=1.image"],
         ["--per-server", "0"],
         ["--timeout", "nan"],
+        ["--max-jobs", "0"],
         ["--seed", str(2**64)],
         ["--csv", "x.csv"],
     ],
@@ -571,6 +573,25 @@ def test_bad_usage(fakes, batch, options):
 def test_a_server_is_named(batch):
     with pytest.raises(ConfigError, match="--server"):
         batch()
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_work(fakes, batch, monkeypatch):
+    """With the option that makes it fit; 3 jobs of 5 bytes each."""
+    fake = fakes(job_s=0.0)
+    usage = types.SimpleNamespace(free=12)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(DiskError, match="3 jobs takes about .*--max-jobs 2 .*--out") as found:
+        batch(fake)
+    assert "--skip-space-check" in str(found.value) and not fake.finished
+    assert batch(fake, options=["--max-jobs", "2"]) == 0
+    assert sorted(text for text in fake.finished) == ["a", "b"]
+    assert batch(fake) == 0, "the last one fits"
+    assert sorted(fake.finished) == ["a", "b", "c"]
+    usage.free = 3
+    with pytest.raises(DiskError, match="free; pass --out on another disk, or --skip"):
+        batch(fake, options=["--redo"])
+    assert batch(fake, options=["--redo", "--skip-space-check"]) == 0
+    assert len(fake.finished) == 6
 
 
 def test_a_full_disk_ends_the_run(fakes, batch, monkeypatch):

@@ -87,6 +87,75 @@ def test_highlights_keep_their_hue_and_order(transfer):
     assert (np.diff(gray) >= 0).all() and gray[0] == 0 and gray[-1] >= 254
 
 
+# Red, green, blue and white of each code of H.273's table 2, as x and y.
+CHROMATICITIES = {
+    1: ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06), (0.3127, 0.3290)),
+    9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046), (0.3127, 0.3290)),
+    12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060), (0.3127, 0.3290)),
+}
+
+
+def to_xyz(primaries):
+    """Linear RGB to XYZ, as SMPTE RP 177 derives it."""
+    *colours, white = [np.array([x / y, 1, (1 - x - y) / y]) for x, y in CHROMATICITIES[primaries]]
+    matrix = np.stack(colours, axis=1)
+    return matrix * np.linalg.solve(matrix, white)
+
+
+def write_wide(path, codes, primaries, codec, pix_fmt):
+    """One frame of 16-bit codes, tagged as SDR of some primaries."""
+    matrix = 9 if primaries == 9 else 1
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = *codes.shape[:2], pix_fmt
+        if codec == "prores_ks":
+            stream.options = {"profile": "4444"}
+        else:
+            stream.options = {"crf": "1"}
+        context = stream.codec_context
+        context.color_primaries, context.colorspace = primaries, matrix
+        context.color_trc, context.color_range = 1, 1
+        name = "rgb48le" if codes.shape[-1] == 3 else "rgba64le"
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(codes), format=name)
+        frame = frame.reformat(format=pix_fmt, dst_colorspace="BT2020" if matrix == 9 else "ITU709")
+        frame.color_primaries, frame.color_trc, frame.colorspace = primaries, 1, matrix
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+
+
+def wide_chart(primaries):
+    """The chart in codes of wider primaries; uint16 [32, 256, 3]."""
+    light = light_of(CHART) @ np.linalg.solve(to_xyz(primaries), to_xyz(1)).T
+    light = light.clip(0, 1)
+    codes = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    row = np.repeat(np.rint(codes * 65535).astype(np.uint16), 32, axis=0)
+    return np.repeat(row[None], 32, axis=0)
+
+
+@pytest.mark.parametrize("primaries", [9, 12])
+def test_wide_colours_without_hdr_become_bt709(tmp_path, caplog, primaries):
+    path = tmp_path / "wide.mkv"
+    write_wide(path, wide_chart(primaries), primaries, "libx264", "yuv444p10le")
+    patches = read_video(path).frames[0][16, 16::32].astype(int)
+    assert np.abs(patches - CHART).max() <= 4, patches.tolist()
+    plain = np.rint(wide_chart(primaries)[16, 16::32] / 257)
+    assert np.abs(plain - CHART).max() > 25, "without a conversion they are others"
+    assert f"is {'BT.2020' if primaries == 9 else 'Display P3'}; its colours" in caplog.text
+
+
+def test_wide_colours_keep_their_transparency(tmp_path):
+    alpha = np.full((32, 256, 1), 65535, np.uint16)
+    alpha[:, :32] = 0
+    path = tmp_path / "wide.mov"
+    codes = np.dstack([wide_chart(12), alpha])
+    write_wide(path, codes, 12, "prores_ks", "yuva444p10le")
+    clip, kept = read_video(path), read_video(path, keep_alpha=True)
+    patches = clip.frames[0][16, 16::32].astype(int)
+    assert np.abs(patches - ((255, 255, 255), *CHART[1:])).max() <= 8, patches.tolist()
+    np.testing.assert_array_equal(kept.alpha[0], alpha[..., 0] >> 8)
+    np.testing.assert_array_equal(kept.frames, clip.frames)
+
+
 def write_tagged(path, frame, *, colorspace=1, codec="libx264", pix_fmt="yuv420p"):
     with av.open(str(path), "w") as output:
         stream = output.add_stream(codec, rate=10)
