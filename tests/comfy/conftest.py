@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.comfy import record, server, small_models
+from tests.comfy.comparing import Numbers
 
 CHECKOUTS = server.find_comfyui()
 NONE_FOUND = pytest.param(
@@ -111,3 +113,15 @@ def run_in_comfy(
         return server.run_script(comfy_checkout, comfy_models.parent, script, *words)
 
     return run
+
+
+@pytest.fixture(scope="module")  # `numbers` is each file's own
+def results(numbers: Numbers) -> dict[str, Tensor]:
+    """What a file's script computed."""
+    return numbers[0]
+
+
+@pytest.fixture(scope="module")
+def facts(numbers: Numbers) -> dict[str, Any]:
+    """What a file's script said beside it."""
+    return numbers[1]

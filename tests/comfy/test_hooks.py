@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.comfy import features_table, hook_cases
+from tests.comfy.comparing import deviation
 
 SCRIPTS = Path(__file__).parent / "scripts"
 # ComfyUI computes the timestep's sinusoid in float32, the core in float64: 2e-6 to 4e-6.
@@ -42,12 +43,6 @@ CORE_CASES = [
     "ranges",
     "schedule",
 ]
-
-
-def deviation(value: Tensor, reference: Tensor) -> float:
-    """Largest difference, as a part of the largest reference value."""
-    assert value.shape == reference.shape
-    return ((value - reference).abs().max() / reference.abs().max()).item()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.comfy.comparing import Numbers, compute, deviation
+
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4
 SAMPLED = "latents_after_3_euler_steps."
@@ -21,26 +23,9 @@ def golden() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="session")
-def numbers(run_in_comfy, tmp_path_factory) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    results = tmp_path_factory.mktemp("sdxl") / "results.safetensors"
-    facts = run_in_comfy(HERE / "scripts" / "sdxl_numbers.py", results)
-    return load_file(results), facts
-
-
-@pytest.fixture(scope="session")
-def results(numbers) -> dict[str, Tensor]:
-    return numbers[0]
-
-
-@pytest.fixture(scope="session")
-def facts(numbers) -> dict[str, Any]:
-    return numbers[1]
-
-
-def deviation(value: Tensor, reference: Tensor) -> float:
-    """Largest difference, as a part of the largest reference value."""
-    assert value.shape == reference.shape
-    return ((value - reference).abs().max() / reference.abs().max()).item()
+def numbers(run_in_comfy, tmp_path_factory) -> Numbers:
+    folder = tmp_path_factory.mktemp("sdxl")
+    return compute(run_in_comfy, folder, "sdxl_numbers.py")
 
 
 @pytest.mark.parametrize(
