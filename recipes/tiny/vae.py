@@ -22,6 +22,7 @@ from stylemaster_core.errors import ConfigError, WeightsError
 from stylemaster_core.layouts import SPATIAL_STRIDE
 from stylemaster_core.models.patch_vae import (
     BLOCK_VALUES,
+    BorderSmoother,
     PatchVAE,
     create_patch_vae,
     save_patch_vae,
@@ -50,6 +51,7 @@ SHARES = (0.5, 0.25, 0.25)
 PLAIN_SHARE = 0.12  # of clips without a style: the content itself is encoded, too
 GRAY_SHARE = 0.08  # of clips that become gray and coarse, as the tiles of the control are
 NOISE_SHARE, NOISE_STD = 0.5, 0.1  # of the normalised latents in front of the decoder
+SMOOTHER_WIDTH = 128
 BORDER_WEIGHT = 0.1  # of the steps between blocks, which the eye sees as a grid
 POOL = {64: 4000, 128: 2000}  # side in pixels: clips
 PCA_BLOCKS = 400_000
@@ -158,8 +160,8 @@ def train_vae(
         device: where to train.
         pool: of clips; without it one is kept beside `out`.
         limit: of this call.
-        start: a file of weights whose decoder is trained further; its encoder, and so the latents,
-            stay as they are.
+        start: a file of weights whose decoder and smoother are trained further; its encoder, and so
+            the latents, stay as they are.
         pca_blocks: how many blocks of pixels the PCA sees.
 
     Returns:
@@ -179,8 +181,11 @@ def train_vae(
     if start is not None:
         vae = create_patch_vae(read_state_dict(start).tensors, str(start))
         vae.patch_decoder.requires_grad_(True)
+        if vae.patch_smoother is None:
+            vae.patch_smoother = BorderSmoother(SMOOTHER_WIDTH)
+        vae.patch_smoother.requires_grad_(True)
     else:
-        vae = PatchVAE()
+        vae = PatchVAE(smoother_width=SMOOTHER_WIDTH)
         if latest is None:
             vae.set_linear(*fit_pca(pool, seed, pca_blocks))
     vae.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

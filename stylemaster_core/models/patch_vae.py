@@ -39,6 +39,7 @@ class PatchVAE(nn.Module):
         decoder_width: channels of the decoder's.
         encoder_depth: its residual blocks.
         decoder_depth: the decoder's.
+        smoother_width: channels of the network that smooths the borders of blocks; 0: none.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class PatchVAE(nn.Module):
         decoder_width: int = 192,
         encoder_depth: int = 1,
         decoder_depth: int = 3,
+        smoother_width: int = 0,
     ) -> None:
         super().__init__()
         self.patch_encoder = _LinearPlusResidual(
@@ -56,6 +58,7 @@ class PatchVAE(nn.Module):
         self.patch_decoder = _LinearPlusResidual(
             LATENT_CHANNELS, BLOCK_VALUES, decoder_width, decoder_depth
         )
+        self.patch_smoother = BorderSmoother(smoother_width) if smoother_width else None
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +108,8 @@ class PatchVAE(nn.Module):
     def to_video(self, latents: Tensor) -> Tensor:
         """`decode` with gradients, and without checks and limits."""
         maps = rearrange(latents, "b c t h w -> (b t) c h w")
-        return blocks_to_video(self.patch_decoder(maps, len(latents)), len(latents))
+        video = blocks_to_video(self.patch_decoder(maps, len(latents)), len(latents))
+        return video if self.patch_smoother is None else self.patch_smoother(video)
 
     @torch.no_grad()
     def set_linear(self, mean: Tensor, covariance: Tensor) -> None:
@@ -182,6 +186,35 @@ class _ResidualBlock(nn.Module):
         return hidden + self.conv2(functional.silu(self.conv1(active) + past))
 
 
+class BorderSmoother(nn.Module):
+    """Residual network on blocks that are shifted by half a block, so that borders are inside.
+
+    Args:
+        width: of its layers.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        values = 3 * SPATIAL_STRIDE**2
+        self.conv_in = nn.Conv2d(values, width, 1)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, values, 1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(_bias(self.conv_out))
+
+    def forward(self, video: Tensor) -> Tensor:
+        """[B, 3, T, 8h, 8w] -> the same shape; each frame on its own."""
+        half = SPATIAL_STRIDE // 2
+        frames = functional.pad(video.transpose(1, 2).flatten(0, 1), [half] * 4, mode="replicate")
+        blocks = functional.pixel_unshuffle(frames, SPATIAL_STRIDE)
+        blocks = blocks.contiguous(memory_format=torch.channels_last)
+        hidden = functional.silu(self.conv_in(blocks))
+        hidden = functional.silu(self.conv(hidden))
+        frames = frames + functional.pixel_shuffle(self.conv_out(hidden), SPATIAL_STRIDE)
+        frames = frames[..., half:-half, half:-half]
+        return frames.unflatten(0, (len(video), -1)).transpose(1, 2)
+
+
 def video_to_blocks(video: Tensor) -> Tensor:
     """Cut a video [B, 3, 4n+1, 8h, 8w] into blocks [B*(n+1), 768, h, w].
 
@@ -242,6 +275,7 @@ def create_patch_vae(weights: Mapping[str, Tensor], what: str) -> PatchVAE:
         width = shapes.get(f"patch_{side}.conv_in.weight", (1,))[0]
         numbers = {key.removeprefix(prefix).split(".")[0] for key in shapes if prefix in key}
         sizes |= {f"{side}_width": width, f"{side}_depth": len(numbers)}
+    sizes["smoother_width"] = shapes.get("patch_smoother.conv_in.weight", (0,))[0]
     with torch.device("meta"):
         vae = PatchVAE(**sizes)
     check_keys(shapes, shapes_of(vae.state_dict()), f"the VAE {what}")

@@ -131,6 +131,30 @@ def test_a_saved_file_loads_as_any_vae(vae, video, tmp_path):
         load_vae(path, tiling="maybe")  # pyright: ignore[reportArgumentType]
 
 
+def test_the_smoother_works_across_the_borders_of_blocks(video, tmp_path):
+    torch.manual_seed(0)
+    plain = PatchVAE()
+    smooth = PatchVAE(smoother_width=8)
+    smooth.load_state_dict(plain.state_dict(), strict=False)
+    latents = plain.encode(video)
+    decoded = plain.decode(latents)
+    assert torch.equal(smooth.decode(latents), decoded), "it begins as nothing"
+    smoother = smooth.patch_smoother
+    assert smoother is not None
+    torch.nn.init.normal_(smoother.conv_out.weight, std=0.1)
+    changed = smooth.decode(latents)
+    assert changed.shape == decoded.shape and not torch.allclose(changed, decoded, atol=1e-2)
+    # Each frame on its own, and what a pixel becomes depends on the block beside it.
+    assert torch.allclose(smoother(decoded)[:, :, 2:3], smoother(decoded[:, :, 2:3]), atol=1e-6)
+    other = decoded.clone()
+    other[..., 8:] += 0.5
+    moved = (smoother(other) - smoother(decoded)).abs().amax((0, 1, 2, 3))
+    assert moved[7] > 1e-3
+    path = save_patch_vae(tmp_path / "vae.safetensors", smooth)
+    loaded = load_vae(path).to_video(latents)
+    torch.testing.assert_close(loaded, smooth.to_video(latents), atol=0.05, rtol=0)
+
+
 def test_loading_needs_no_host(vae, tmp_path, monkeypatch):
     path = save_patch_vae(tmp_path / "vae.safetensors", vae)
     for name in [name for name in sys.modules if name.split(".")[0] == "diffusers"]:
