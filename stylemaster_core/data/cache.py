@@ -79,12 +79,13 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
         shapes: list[dict[str, Shape]] = []
         for record in manifest["shards"]:
             self._check_file(record)
-            for position, sample in enumerate(record["samples"]):
-                self.ids.append(sample["id"])
-                self.groups.append(sample["group"])
-                self._places.append((record["shard"], position))
-                self._keys.append(tuple(sample["shapes"]))
-                shapes.append({key: tuple(value) for key, value in sample["shapes"].items()})
+            shard, samples = record["shard"], record["samples"]
+            self.ids += [sample["id"] for sample in samples]
+            self.groups += [sample["group"] for sample in samples]
+            self._places += [(shard, position) for position in range(len(samples))]
+            own = [sample["shapes"] for sample in samples]
+            self._keys += map(tuple, own)
+            shapes += [{key: tuple(value) for key, value in each.items()} for each in own]
         if not self.ids:
             raise ConfigError(f"{path} holds no sample, all were bad (bad.jsonl says why)")
         self._check_keys()
@@ -328,7 +329,8 @@ def _read_null_text(folder: Path, manifest: Mapping[str, Any]) -> Tensor | None:
 
 
 def _common(shapes: list[Shape]) -> tuple[int | None, ...]:
-    return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
+    unique = zip(*dict.fromkeys(shapes), strict=True)
+    return tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in unique)
 
 
 def _hash_model(path: Path, name: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests.comfy import server, small_models
+from tests.unit import test_video_time as video_time
 
 NODE_IDS = {
     "StyleMasterAdapterLoader",
@@ -578,6 +579,44 @@ def test_motion(comfy):
     )
     for key, value in seen.items():
         assert (value < 1e-4) if key.startswith("equal") else (value > DIFFERENT), (key, value)
+
+
+@pytest.mark.parametrize("first_frame", [0, 6])
+def test_a_clip_of_varying_rate_keeps_its_times_and_its_sound(comfy, tmp_path, first_frame):
+    """Through Folder Video and ComfyUI's own saving, which knows one rate only."""
+    folder = comfy.input_dir / "varying"
+    if not folder.exists():
+        folder.mkdir()
+        sounds = [(0, video_time.beeping(1.5, video_time.FLASHES_S))]
+        video_time.write_clip(
+            folder / "clip.mkv", video_time.VARYING_MS, video_time.FLASHES_S, sounds
+        )
+    clip = stylemaster("FolderVideo", folder="varying", index=0, max_frames=0)
+    clip["inputs"]["first_frame"] = first_frame
+    result = comfy.run_prompt(
+        {
+            "clip": clip,
+            "video": node("CreateVideo", images="@clip", fps="@clip:1", audio="@clip:3"),
+            "save": node(
+                "SaveVideo",
+                video="@video",
+                filename_prefix=f"varying_{first_frame}",
+                format="mp4",
+                codec="h264",
+            ),
+        }
+    )
+    assert result.status == "success", result.error
+    saved = tmp_path / "saved.mp4"
+    saved.write_bytes(comfy.view(result.outputs["save"]["images"][0]))
+    frame_s, start_s = 1 / 30, first_frame / 30
+    flashes, end = video_time.flashes_of(saved)
+    wanted = [time_s - start_s for time_s in video_time.FLASHES_S]
+    assert flashes == pytest.approx(wanted, abs=frame_s + 1e-3)
+    assert end == pytest.approx(1.5 - start_s, abs=frame_s + 1e-3)
+    beeps, sound_end = video_time.beeps_of(saved)
+    assert beeps == pytest.approx(wanted, abs=0.03), "AAC's own delay is a frame of 1024 samples"
+    assert sound_end == pytest.approx(1.5 - start_s, abs=0.06)
 
 
 CONTROL = stylemaster(

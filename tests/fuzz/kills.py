@@ -274,7 +274,7 @@ KIND = Kind(
             lambda folder: _Prepared(folder, _train(2, READER_STEPS, save_every=1000), _trained),
         ),
     },
-    long_cases=104,
+    long_cases=56,
     batch=1,
     shrink=False,
     limit_s=300,

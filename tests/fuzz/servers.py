@@ -87,7 +87,7 @@ def _endpoint(name: str) -> Endpoint:
 SERVERS = Kind(
     "servers",
     {name: _endpoint(name) for name in dict.fromkeys(case.partition("/")[0] for case in cases())},
-    long_cases=640,
+    long_cases=320,
     shrink=False,
 )
 QUEUE = Kind(
@@ -98,7 +98,7 @@ QUEUE = Kind(
         )
         for count in (1, 2, 3)
     },
-    long_cases=102,
+    long_cases=60,
     batch=6,
     shrink=False,
     limit_s=120.0,
