@@ -301,7 +301,8 @@ def test_pictures_and_clips_have_their_shares(create_second):
 
 
 def batch_of(trainer, data, **flags):
-    drawn = [trainer.draws(data, i, generator_of(i), 0.3) for i in range(len(data))]
+    """Samples at different noise levels."""
+    drawn = [trainer.draws(data, i, generator_of(i), 0.2 + 0.2 * i) for i in range(len(data))]
     batch = {key: torch.stack([sample[key] for sample in drawn]) for key in drawn[0]}
     return batch | {name: torch.tensor(value) for name, value in flags.items()}
 
