@@ -92,9 +92,9 @@ def finder_below(folder: Path, source: Path) -> Callable[[object], Path]:
         return lambda name: file_below(folder, name, source)
 
     def find(name: object) -> Path:
+        is_text = isinstance(name, str)
         # Some file systems do not tell capitals from small letters.
-        is_plain = isinstance(name, str) and _PLAIN.fullmatch(name)
-        if is_plain and (not links or name.casefold() not in links):
+        if is_text and _PLAIN.fullmatch(name) and (not links or name.casefold() not in links):
             return folder / name
         return file_below(folder, name, source)
 
