@@ -4,6 +4,7 @@
 milliseconds and not the second of an import; it says the process id, and then how it ended.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def run_batch(folder, fakes, texts, *, deadline_s=60.0, **options):
         TimeoutError: if it is not over in time.
     """
     (folder / "style.png").write_bytes(b"style")
-    pool = ThreadPoolExecutor(1)
+    pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
         servers = [(fake.url, fake.silence_s) for fake in fakes]
         results = pool.submit(run, folder, servers, texts, **options).result(deadline_s)
@@ -100,10 +100,10 @@ class Batches:
         self._process.stdin.write(json.dumps(order | {"options": options}) + "\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
-        waiting = ThreadPoolExecutor(1)
+        waiting = concurrent.futures.ThreadPoolExecutor(1)
         end = waiting.submit(self._process.stdout.readline)
         try:
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(concurrent.futures.TimeoutError):
                 end.result(deadline_s if kill_after_s is None else kill_after_s)
             if not end.done():
                 with contextlib.suppress(ProcessLookupError):
