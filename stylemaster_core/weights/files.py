@@ -176,7 +176,8 @@ def write_state_dict(
     try:
         with written_beside(path, overwrite=overwrite) as part:
             try:
-                save_file(_storable(tensors), str(part), metadata=dict(metadata or {}))
+                # Without tensors safetensors 0.8 writes empty metadata as what it cannot read.
+                save_file(_storable(tensors), str(part), metadata=dict(metadata or {}) or None)
             except SafetensorError as error:  # a full disk is one of them
                 raise DiskError(
                     f"{path} cannot be written: {error}; check free space and permissions of "

@@ -251,3 +251,10 @@ def test_folders_and_missing_paths_are_errors(tmp_path):
         read_state_dict(tmp_path)
     with pytest.raises(WeightsError, match="does not exist"):
         read_keys(tmp_path / "nothing.safetensors")
+
+
+def test_a_file_without_tensors_is_read_again(tmp_path):
+    """As the optimiser's is, if a run is stopped before its first step."""
+    write_state_dict(tmp_path / "none.safetensors", {})
+    assert read_state_dict(tmp_path / "none.safetensors").tensors == {}
+    assert read_keys(tmp_path / "none.safetensors") == {}
