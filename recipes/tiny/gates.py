@@ -263,7 +263,9 @@ def motion_gate(studio: Studio) -> Gate:
     Without control, as in the paper's use of it: a gray tile prescribes the content's motion.
     """
     clips = {
-        scale: studio.make(studio.tokens[: studio.few], motion_scale=scale, control_scale=0.0)
+        scale: studio.make(
+            studio.tokens[: studio.few], motion_scale=scale, control_scale=0.0, same_noise=False
+        )
         for scale in MOTION_SCALES
     }
     measured = tuple(_mean(frame_difference(c) for c in clips[scale]) for scale in MOTION_SCALES)

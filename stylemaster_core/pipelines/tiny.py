@@ -21,6 +21,7 @@ SETTINGS: dict[str, Any] = {
     "style_scale": 1.5,
     "tile_factor": 2,
     "control_range": (0.0, 1.0),
+    "same_noise": True,  # of what is restyled; what is made up would hardly move
 }
 _PARTS = {
     "transformer": "transformer.safetensors",
@@ -73,8 +74,8 @@ def tiny_settings(frames: np.ndarray | None = None, *, still: bool = False) -> d
         still: one picture is made.
     """
     if frames is None:
-        size = {"size": (TRAINED_PX, TRAINED_PX)}
-        return SETTINGS | size | ({} if still else {"num_frames": NUM_FRAMES})
+        made_up = {"size": (TRAINED_PX, TRAINED_PX), "same_noise": False}
+        return SETTINGS | made_up | ({} if still else {"num_frames": NUM_FRAMES})
     height, width = frames.shape[1:3]
     scale = min(SIDE_PX / min(height, width), 1.0)
     size = tuple(max(round(side * scale / 16) * 16, 16) for side in (height, width))
