@@ -75,7 +75,7 @@ class FrameVAE:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [1, 4, T, h, w] of about unit scale -> [1, 3, T, 8 h, 8 w]."""
         rows = latents[0].transpose(0, 1).to(self.model.device, torch.float32) / LATENT_SCALE
-        frames = [self.model.decode(row, return_dict=False)[0] for row in rows.split(1)]
+        frames = [self.model.decode(row, return_dict=False)[0] for row in rows.split(1)]  # type: ignore[arg-type]
         return torch.cat(frames).transpose(0, 1)[None]
 
 
