@@ -81,12 +81,20 @@ def _impasto(size: int) -> np.ndarray:
             along = np.array([flow_x[py, px], flow_y[py, px]])
             along = along / (np.linalg.norm(along) + 1e-6) * width * rng.uniform(1.2, 2.4)
             colour = blurred[py, px] * rng.uniform(0.8, 1.18) + rng.normal(0, 9, 3)
-            ends = [tuple(int(v) for v in (px, py) + sign * along / 2) for sign in (-1, 1)]
-            cv2.line(canvas, *ends, colour.clip(0, 255).tolist(), width, cv2.LINE_AA)
-            ridge = [tuple(int(v) for v in np.add(end, (-1, -width // 3))) for end in ends]
-            light = (colour * 1.18 + 10).clip(0, 255).tolist()
-            cv2.line(canvas, *ridge, light, max(width // 4, 1), cv2.LINE_AA)
+            middle = np.array([px, py])
+            _stroke(canvas, middle, along, colour, width)
+            light = colour * 1.18 + 10
+            _stroke(canvas, middle - (1, width // 3 + 1), along, light, max(width // 4, 1))
     return canvas.round().clip(0, 255).astype(np.uint8)
+
+
+def _stroke(
+    canvas: np.ndarray, middle: np.ndarray, along: np.ndarray, colour: np.ndarray, width: int
+) -> None:
+    """Draw a straight stroke into float32 [H, W, 3]."""
+    (x1, y1), (x2, y2) = (int(v) for v in middle - along / 2), (int(v) for v in middle + along / 2)
+    shown = colour.clip(0, 255).tolist()
+    cv2.line(canvas, (x1, y1), (x2, y2), shown, width, cv2.LINE_AA)
 
 
 def _ink_wash(size: int) -> np.ndarray:
@@ -125,7 +133,7 @@ def _stained_glass(size: int) -> np.ndarray:
     rng = np.random.default_rng([SEED, 3])
     count = max((size // 28) ** 2, 4)
     middles = rng.uniform(0, size, (count, 2)).astype(np.float32)
-    place = np.stack(np.mgrid[0:size, 0:size], -1).astype(np.float32)
+    place = np.moveaxis(np.mgrid[0:size, 0:size], 0, -1).astype(np.float32)
     distances = np.linalg.norm(place[:, :, None] - middles, axis=-1)
     nearest = distances.argmin(-1)
     distances = np.partition(distances, 1, axis=-1)[..., :2]  # of the nearest two panes

@@ -16,7 +16,8 @@ from ..writing import append_line, disk_errors, write_text
 
 logger = logging.getLogger("stylemaster")
 
-_scan = json.JSONDecoder().scan_once  # without the looks around that take longer than a short line
+# Without the looks around that take longer than a short line; the stubs leave it out.
+_scan = json.JSONDecoder().scan_once  # pyright: ignore[reportAttributeAccessIssue]
 # Says what is wrong with a record of a file, None if nothing is.
 Check = Callable[[dict[str, Any]], "str | None"]
 

@@ -132,7 +132,7 @@ def _save_animation(part: Path, pictures: list[Image.Image], timing: Timing, qua
 
 def _on_or_off(picture: Image.Image) -> Image.Image:
     """A picture of 255 colours, and one that is transparent."""
-    clear = picture.getchannel("A").point(lambda opacity: 255 * (opacity < 128))
+    clear = picture.getchannel("A").point([255] * 128 + [0] * 128)
     shown = picture.convert("RGB").quantize(_CLEAR)
     palette = (shown.getpalette() or [])[: 3 * _CLEAR]
     shown.putpalette(palette + [255] * (3 * (_CLEAR + 1) - len(palette)))
