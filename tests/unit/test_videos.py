@@ -352,6 +352,6 @@ def test_a_cover_picture_is_no_video(kind, monkeypatch):
     disposition = kind("Disposition", {"default": 1, "attached_pic": 0x400})
     monkeypatch.setattr("av.stream.Disposition", disposition)
     flags = disposition.default | disposition.attached_pic, disposition.default
-    cover, film = (SimpleNamespace(disposition=flag) for flag in flags)
+    cover, film = (SimpleNamespace(disposition=flag, codec_context=object()) for flag in flags)
     streams = SimpleNamespace(video=[cover, film])
     assert video_stream(SimpleNamespace(streams=streams), Path("clip.mp4")) is film
