@@ -8,7 +8,7 @@ CHECKED := stylemaster_core nodes tests bench web recipes __init__.py
 
 .PHONY: demo comfy tiny test test-lowest test-newest lint types unit fuzz comfy-tests clean
 
-demo: $(VENV)/.installed  ## the small model restyles a clip to three style pictures, and measures it
+demo: $(VENV)/.installed  ## the small model restyles a photograph and a boat, and measures it
 	$(BIN)/stylemaster demo --out demo --overwrite
 
 comfy: $(VENV)/.installed  ## a ComfyUI with the pack, at the template of the small model
