@@ -109,7 +109,13 @@ class PatchVAE(nn.Module):
         """`decode` with gradients, and without checks and limits."""
         maps = rearrange(latents, "b c t h w -> (b t) c h w")
         video = blocks_to_video(self.patch_decoder(maps, len(latents)), len(latents))
-        return video if self.patch_smoother is None else self.patch_smoother(video)
+        if self.patch_smoother is None:
+            return video
+        if torch.is_grad_enabled():
+            return self.patch_smoother(video)
+        for part in video.split(TEMPORAL_STRIDE, dim=2):  # in place: a long video is large
+            part.copy_(self.patch_smoother(part))
+        return video
 
     @torch.no_grad()
     def set_linear(self, mean: Tensor, covariance: Tensor) -> None:

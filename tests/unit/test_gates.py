@@ -134,8 +134,8 @@ class FilterStudio(Studio):
         rngs = [np.random.default_rng([SEED, index]) for index in range(len(held_out))]
         self.styles = [draw_style(rng, held_out=True) for rng in rngs]
 
-    def make(self, styles, motion_scale=0.0, control_scale=1.0):
-        del control_scale
+    def make(self, styles, motion_scale=0.0, control_scale=1.0, same_noise=True):
+        del control_scale, same_noise
         regions = [StyleRegion(styles)] if isinstance(styles, torch.Tensor) else styles
         results = []
         for index, content in enumerate(self.held_out.contents[: len(regions[0].tokens)]):

@@ -149,6 +149,7 @@ def test_numbers_of_the_small_model_are_those_of_the_command_line(name):
     for sampler, control in zip(samplers, controls, strict=True):
         assert {
             "num_steps": sampler["steps"],
+            "same_noise": sampler["same_noise"],
             "text_scale": sampler["text_cfg"],
             "style_scale": sampler["style_cfg"],
             "tile_factor": control["factor"],

@@ -23,7 +23,9 @@ def short(monkeypatch):
     monkeypatch.setattr(recipe, "LOG_STEPS", 1000)
     monkeypatch.setattr(recipe, "CHECKPOINT_STEPS", 2)
     monkeypatch.setattr(
-        recipe, "PatchVAE", lambda: PatchVAE(encoder_width=16, decoder_width=16, decoder_depth=1)
+        recipe,
+        "PatchVAE",
+        lambda **more: PatchVAE(**more, encoder_width=16, decoder_width=16, decoder_depth=1),
     )
 
 
