@@ -11,6 +11,7 @@ import comfy.samplers
 import comfy.utils
 from comfy_api.latest import io
 
+from ..stylemaster_core.sampling.schedules import same_in_every_frame
 from .conditionings import Conditioning
 from .guider import Schedule, StyleGuider
 from .layouts import Latent, latent_video_size
@@ -70,7 +71,7 @@ def sample(
     clean = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     noise = comfy.sample.prepare_noise(clean, seed, latent.get("batch_index"))
     if same_noise:
-        noise = noise[:, :, :1].expand_as(noise).clone()
+        noise = same_in_every_frame(noise)
     samples = guider.sample(
         noise,
         clean,

@@ -28,7 +28,7 @@ from ..models.motion_adapter import attached_motion
 from ..models.style_tokens import Style
 from ..sampling.denoise import Callback, denoise
 from ..sampling.samplers import SamplerName
-from ..sampling.schedules import add_noise, flow_match_sigmas
+from ..sampling.schedules import add_noise, flow_match_sigmas, same_in_every_frame
 from ..sampling.windows import WindowConfig
 from ..seeds import LOWEST_OF_TORCH, check_seed
 from .models import Models
@@ -162,10 +162,10 @@ def draw_noise(shape: Sequence[int], seed: int, *, same: bool = False) -> Tensor
     Args:
         shape: of the latents.
         seed: of the noise.
-        same: repeat the first frame's, the extreme of "mixed" noise in PYoCo (arXiv 2305.10474).
+        same: in every frame, `same_in_every_frame`.
     """
     noise = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(seed))
-    return noise[:, :, :1].expand(*shape).clone() if same else noise
+    return same_in_every_frame(noise) if same else noise
 
 
 def needed_files(config: StylizeConfig) -> list[str]:

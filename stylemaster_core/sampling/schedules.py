@@ -45,6 +45,14 @@ def in_range(step: int, num_steps: int, start: float, end: float) -> bool:
     return start <= step / num_steps <= end
 
 
+def same_in_every_frame(noise: Tensor) -> Tensor:
+    """Noise [..., t, h, w] whose first frame stands in all frames.
+
+    Source: the extreme of "mixed" noise in PYoCo (arXiv 2305.10474).
+    """
+    return noise[..., :1, :, :].expand_as(noise).clone()
+
+
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
     """Latents at noise level sigma; sigma is a number or [B]."""
     if isinstance(sigma, Tensor) and sigma.ndim:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..sampling.schedules import TIMESTEPS
+from ..sampling.schedules import TIMESTEPS, same_in_every_frame
 from .config import TrainConfig
 from .precision import settle_precision
 from .samples import Sample, TrainingData
@@ -54,7 +54,7 @@ class DenoisingDraws:
         tensors |= {key: torch.tensor(dropping and flag) for key, flag in flags.items()}
         # Drawn last, and not at all where it is 0: the draws above stay what they are.
         if self.same_noise and dropping and torch.rand((), generator=generator) < self.same_noise:
-            tensors["noise"] = tensors["noise"][:, :1].expand_as(tensors["noise"])
+            tensors["noise"] = same_in_every_frame(tensors["noise"])
         tensors["level"] = torch.tensor(min(level, TIMESTEPS - 1))
         return tensors
 

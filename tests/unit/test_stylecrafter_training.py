@@ -28,7 +28,7 @@ from stylemaster_core.training.config import (
     config_to_dict,
 )
 from stylemaster_core.training.loop import train
-from stylemaster_core.training.samples import MemoryDataset, generator_of
+from stylemaster_core.training.samples import generator_of
 from stylemaster_core.training.setup import TrainingFiles, create_trainer
 from stylemaster_core.training.stats import read_stats
 from stylemaster_core.training.stylecrafter import (
@@ -38,6 +38,7 @@ from stylemaster_core.training.stylecrafter import (
 from stylemaster_core.training.synthetic import SyntheticWorld
 from stylemaster_core.weights.files import write_state_dict
 from stylemaster_core.weights.state_dict import detect_kind, shapes_of
+from tests.style_datasets import joined, of_another
 
 CLIPS, PICTURES = (SyntheticWorld(size=(frames, 4, 4)) for frames in (3, 1))
 BASE = BaseConfig(width=64, ffn_width=128, num_blocks=2, text_width=10)
@@ -58,19 +59,6 @@ def config_of(trainer, steps=120, lr=5e-3, **sections):
 
 def features():
     return {key: tuple(value.shape) for key, value in PICTURES.sample("x").items()}
-
-
-def joined(*datasets):
-    samples = [sample for dataset in datasets for sample in dataset.samples]
-    return MemoryDataset(samples, ids=[str(i) for i in range(len(samples))])
-
-
-def of_another(dataset):
-    """The samples with the style features of their neighbours."""
-    samples = dataset.samples
-    moved = [s | {"patch_features": samples[i - 1]["patch_features"]}
-             for i, s in enumerate(samples)]  # fmt: skip
-    return MemoryDataset(moved, ids=dataset.ids)
 
 
 def held_out(trainer, folder, data, validation):

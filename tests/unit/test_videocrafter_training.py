@@ -19,6 +19,7 @@ from stylemaster_core.data.gray_tile import cover_resize_frames
 from stylemaster_core.data.images import read_image, stylecrafter_video_pixels, write_image
 from stylemaster_core.data.videos import read_video, write_video
 from stylemaster_core.errors import ConfigError, LayoutError, WeightsError
+from stylemaster_core.models import small_videocrafter
 from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.sd_parts import TextEncoder, load_sd2_text, load_sd_vae
 from stylemaster_core.models.sdxl_unet import cross_attentions
@@ -42,7 +43,7 @@ from stylemaster_core.training.config import (
 )
 from stylemaster_core.training.dry_run import describe
 from stylemaster_core.training.loop import train
-from stylemaster_core.training.samples import MemoryDataset, collate, draw_sample, generator_of
+from stylemaster_core.training.samples import collate, draw_sample, generator_of
 from stylemaster_core.training.setup import TrainingFiles, create_trainer
 from stylemaster_core.training.stats import read_stats
 from stylemaster_core.training.synthetic import SyntheticWorld
@@ -53,17 +54,11 @@ from stylemaster_core.training.videocrafter import (
 from stylemaster_core.weights.convert import convert
 from stylemaster_core.weights.files import read_state_dict, write_state_dict
 from stylemaster_core.weights.state_dict import detect_kind, shapes_of
-from stylemaster_core.weights.videocrafter_keys import TEMPORAL_KEY, VideoCrafterSizes
+from stylemaster_core.weights.videocrafter_keys import TEMPORAL_KEY
+from tests.style_datasets import joined, of_another
 
 TEXT_WIDTH, FEATURE_WIDTH = 8, 16
-SIZES = VideoCrafterSizes(
-    channels=(32, 64),
-    attention=(True, False),
-    layers_per_block=1,
-    head_width=8,
-    text_width=TEXT_WIDTH,
-    init_width=32,
-)
+SIZES = dataclasses.replace(small_videocrafter.SIZES, text_width=TEXT_WIDTH, init_width=32)
 CLIPS, PICTURES = (
     SyntheticWorld(size=(t, 4, 4), channels=4, text_width=TEXT_WIDTH, patch_width=FEATURE_WIDTH)
     for t in (2, 1)
@@ -84,19 +79,6 @@ def config_of(trainer="videocrafter-adapter", *settings, **sections):
 
 def features():
     return {key: tuple(value.shape) for key, value in PICTURES.sample("x").items()}
-
-
-def joined(*datasets):
-    samples = [sample for dataset in datasets for sample in dataset.samples]
-    return MemoryDataset(samples, ids=[str(i) for i in range(len(samples))])
-
-
-def of_another(dataset):
-    """The samples with the style features of their neighbours."""
-    samples = dataset.samples
-    moved = [s | {"patch_features": samples[i - 1]["patch_features"]}
-             for i, s in enumerate(samples)]  # fmt: skip
-    return MemoryDataset(moved, ids=dataset.ids)
 
 
 def losses_of(folder):
