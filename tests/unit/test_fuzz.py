@@ -91,7 +91,10 @@ def test_cut_videos_are_refused_or_reported(tmp_path, kind):
     places = [*range(1, cuts.PLACES, 10), *range(cuts.PLACES - 3, cuts.PLACES + 1)]
     outcomes = {cuts.play_cut(whole, place, tmp_path, kind) for place in places}
     assert "refused" in outcomes
-    assert outcomes == {"refused"} or kind in ("mkv", "webm") and "reported" in outcomes
+    if kind in ("mkv", "webm"):
+        assert "reported" in outcomes
+    else:  # a cut between two packets, which depends on the encoder's threads, is reported
+        assert outcomes <= {"refused", "reported"}
 
 
 def test_values_of_json_are_changed(tmp_path):
