@@ -17,7 +17,6 @@ from ..stylemaster_core.errors import UnsupportedHostError
 from ..stylemaster_core.models.decoupled_attention import (
     BlockStyle,
     StyleKV,
-    StyleRegion,
     region_masks,
 )
 from .conditionings import Row, StyleCondition
@@ -60,9 +59,6 @@ class TokenGrid:
         """`region_masks` of the active styles, at these tokens."""
         regions = [condition.styles[i].region for i in active]
         given = [region.mask for region in regions if region.mask is not None]
-        if len(regions) > 1 and not given:
-            # Where one range ends and the next begins both act, each by half.
-            regions = [StyleRegion(region.tokens, mask=torch.ones(1, 1)) for region in regions]
         video_frames = self._video_frames(given)
         total = video_frames or self.size[0]
         key = (active, total, self.size[1:])

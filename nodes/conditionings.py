@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from ..stylemaster_core.errors import ConfigError, LayoutError, UnsupportedHostError
-from ..stylemaster_core.models.decoupled_attention import StyleAttention, StyleKV, StyleRegion
+from ..stylemaster_core.models.decoupled_attention import (
+    StyleAttention,
+    StyleKV,
+    StyleRegion,
+    check_overlap,
+)
 
 STYLE_KEY = "stylemaster_style"
 CONTROL_KEY = "stylemaster_control"
@@ -210,7 +215,7 @@ def _with_styles(
     def extend(present: COND | None) -> COND:
         carried = () if present is None else present.cond[0][0].styles
         both = (*carried, *styles)
-        check_overlap(both)
+        check_overlap([style.region for style in both])
         if len({style.kv.norm is None for style in both}) > 1:
             raise ConfigError(
                 "styles of adapters with and without norm_style (StyleCrafter's and StyleMaster's) "
@@ -253,21 +258,3 @@ def with_model_cond(
         conds[key] = make(conds.get(key))
         changed.append([text, {**options, "model_conds": conds}])
     return changed
-
-
-def check_overlap(styles: Sequence[Any]) -> None:
-    """Check that no two styles without masks act at the same time.
-
-    Args:
-        styles: with a `region` each.
-
-    Raises:
-        ConfigError: if two do.
-    """
-    ranges = sorted((s.region.start, s.region.end) for s in styles if s.region.mask is None)
-    for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False):
-        if start < end:
-            raise ConfigError(
-                "two styles without masks would act on everything at the same time; give each a "
-                "mask, ranges that do not overlap, or blend them into one style"
-            )

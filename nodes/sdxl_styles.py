@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..stylemaster_core.errors import UnsupportedHostError
-from ..stylemaster_core.models.decoupled_attention import BlockStyle, StyleRegion
+from ..stylemaster_core.models.decoupled_attention import BlockStyle, StyleRegion, check_overlap
 from ..stylemaster_core.models.stylecrafter_sdxl import (
     MAX_TEXT_TOKENS,
     LayerKV,
@@ -20,7 +20,7 @@ from ..stylemaster_core.models.stylecrafter_sdxl import (
     level_masks,
 )
 from .block_styles import in_range
-from .conditionings import COND, Conditioning, Row, check_overlap, refuse_masks, with_model_cond
+from .conditionings import COND, Conditioning, Row, refuse_masks, with_model_cond
 from .sockets import StyleCrafterAdapter
 
 LAYER_KEY = "stylecrafter_layers"
@@ -74,9 +74,6 @@ class LayerCondition:
         if key not in self.made:
             regions = [self.styles[i].region for i in active]
             keys_values = [self.styles[i].keys_values for i in active]
-            if len(regions) > 1 and all(region.mask is None for region in regions):
-                # Where one range ends and the next begins both act, each by half.
-                regions = [replace(region, mask=torch.ones(1, 1)) for region in regions]
             self.made.clear()
             self.made[key] = (
                 layer_styles(regions, keys_values, like),
@@ -189,7 +186,7 @@ def layer_conditionings(
 
             def extend(present: COND | None, own: LayerPreparedStyle = own) -> COND:
                 carried = () if present is None else present.cond[0][0].styles
-                check_overlap((*carried, own))
+                check_overlap([style.region for style in (*carried, own)])
                 return COND([(LayerCondition((*carried, own), styled), 0)])
 
             changed += with_model_cond([entry], LAYER_KEY, extend)

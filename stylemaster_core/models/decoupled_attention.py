@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -188,8 +189,25 @@ def scaled_norm(norm: nn.LayerNorm, scale: float | Tensor) -> Norm:
     return norm.weight[None, None] * scale, norm.bias[None, None] * scale
 
 
+def check_overlap(regions: Sequence[StyleRegion]) -> None:
+    """Check that no two styles without masks act at the same time.
+
+    Where the range of one ends and that of the next begins, both act, each by half.
+
+    Raises:
+        ConfigError: if two do.
+    """
+    ranges = sorted((r.start, r.end) for r in regions if r.mask is None)
+    for (_, end), (start, _) in pairwise(ranges):
+        if start < end:
+            raise ConfigError(
+                f"{len(ranges)} styles without masks would act on everything at the same time; "
+                "give each a mask, ranges that do not overlap, or blend them into one style"
+            )
+
+
 def region_masks(regions: Sequence[StyleRegion], grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
-    """Masks of all regions on the token grid, and that of the rest, flattened to tokens.
+    """Masks of styles that act at once on the token grid, and that of the rest, as tokens.
 
     Where masks overlap and sum to more than 1 they are scaled to sum to 1; where they sum to less,
     the rest is "no style".
@@ -199,14 +217,10 @@ def region_masks(regions: Sequence[StyleRegion], grid: tuple[int, int, int]) -> 
         grid: (t, h, w) tokens of the video.
 
     Returns:
-        empty if no region has a mask, else len(regions) + 1 tensors [1, t * h * w, 1], float32.
+        empty for a single region without a mask, else len(regions) + 1 tensors [1, t * h * w, 1],
+        float32.
     """
-    if all(region.mask is None for region in regions):
-        if len(regions) > 1:
-            raise ConfigError(
-                f"{len(regions)} styles without masks would all cover everything; "
-                "blend them into one style, or give each a mask"
-            )
+    if len(regions) < 2 and all(region.mask is None for region in regions):
         return ()
     masks = torch.cat([_token_mask(region.mask, grid) for region in regions])
     total = masks.sum(0, keepdim=True)

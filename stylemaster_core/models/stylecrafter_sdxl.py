@@ -273,9 +273,6 @@ def level_masks(
 
     Returns:
         masks [frames or 1, tokens, 1].
-
-    Raises:
-        ConfigError: for several styles without masks.
     """
     masks: dict[int, tuple[Tensor, ...]] = {}
     frames, height, width = size

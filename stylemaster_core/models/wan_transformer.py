@@ -26,6 +26,7 @@ from .decoupled_attention import (
     StyleAttention,
     StyleKV,
     StyleRegion,
+    check_overlap,
     create_style_attention,
     is_branch_key,
     region_masks,
@@ -296,6 +297,7 @@ class StyledWanTransformer(WanTransformer3DModel):
         regions = [StyleRegion(style)] if isinstance(style, Tensor) else style
         prepared = None
         if regions:
+            check_overlap(regions)
             keys_values = self.style_keys_values(regions)
             masks = region_masks(regions, stem.grid)
             prepared = self.prepare_style(regions, keys_values, masks, no_style=True)

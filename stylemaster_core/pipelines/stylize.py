@@ -23,7 +23,7 @@ from ..layouts import (
     padded_num_frames,
     video_to_frames,
 )
-from ..models.decoupled_attention import StyleRegion
+from ..models.decoupled_attention import StyleRegion, check_overlap
 from ..models.motion_adapter import attached_motion
 from ..models.style_tokens import Style
 from ..sampling.denoise import Callback, denoise
@@ -105,6 +105,7 @@ def stylize(
     models.files.require(needed_files(config), config.task)
     t, h, w = latent_shape(*_padded_size(padding))
     regions = [StyleRegion(style.tokens)] if isinstance(style, Style) else style
+    check_overlap(regions or [])
 
     stage("encoding the prompt")
     text, negative = models.encode_text([config.prompt, config.negative_prompt]).split(1)

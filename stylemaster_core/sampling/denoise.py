@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
-from ..models.decoupled_attention import StyleRegion, region_masks
+from ..models.decoupled_attention import StyleRegion, check_overlap, region_masks
 from ..models.text_padding import merge_padding
 from .guidance import GuidanceWeights
 from .samplers import SamplerName, create_sampler
@@ -93,6 +93,7 @@ def denoise(
         raise ConfigError("control needs both a control network and control latents; got only one")
     num_steps = len(sigmas) - 1
     regions = [StyleRegion(style)] if isinstance(style, Tensor) else list(style or [])
+    check_overlap(regions)
     branches = _Branches(
         transformer,
         latents,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
-from ..models.decoupled_attention import BlockStyle, StyleRegion
+from ..models.decoupled_attention import BlockStyle, StyleRegion, check_overlap
 from ..models.stylecrafter_sdxl import LayerKV, layer_styles, level_masks
 from .guidance import GuidanceWeights
 from .schedules import in_range
@@ -142,6 +142,7 @@ def denoise_styled(
 
     if len(regions) != len(keys_values):
         raise ConfigError(f"got keys and values of {len(keys_values)} styles for {len(regions)}")
+    check_overlap(regions)
     scheduler.set_timesteps(num_steps, device=noise.device)
     latents = noise * scheduler.init_noise_sigma
     num_rows = noise.shape[0]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from stylemaster_core import (
     load_gray_tile_controlnet,
     load_transformer,
 )
+from stylemaster_core.errors import ConfigError
 from stylemaster_core.models import wan_block
 from stylemaster_core.models.decoupled_attention import StyleAttention
 from stylemaster_core.models.gray_tile_controlnet import (
@@ -168,6 +170,40 @@ def test_style_range_of_steps(golden, models):
     torch.testing.assert_close(off, plain, atol=1e-10, rtol=1e-10)
     first = denoise(net, noise, style=[StyleRegion(tokens, end=0.0)], style_scale=4.0, **options)
     assert (first - plain).norm() > 1e-3 and (first - always).norm() > 1e-3
+
+
+@pytest.mark.parametrize("num_steps", [4, 5])
+def test_one_style_after_another(golden, models, num_steps):
+    """Where one range ends and the next begins, both act, each by half."""
+    net, _ = models
+    case = golden("04_guidance")
+    options = {
+        "sigmas": flow_match_sigmas(num_steps, shift=5.0),
+        "text": case["in.context_pos"].double(),
+        "negative_text": case["in.context_neg"].double(),
+        "text_scale": 6.0,
+        "style_scale": 4.0,
+    }
+    noise, tokens = case["in.noise"].double(), case["out.style_feat"].double()
+    other = tokens.flip(1) * 0.5
+
+    def guided(*regions):
+        return denoise(net, noise, style=list(regions), **options)
+
+    first, second = StyleRegion(tokens, end=0.5), StyleRegion(other, start=0.5)
+    touching = guided(first, second)
+    half = {"mask": torch.full((1, 1), 0.5)}
+    masks = [replace(region, **half) for region in (first, second)]
+    nearly = [replace(first, end=0.49), replace(second, start=0.51)]
+    if num_steps == 4:  # step 2 lies on the border
+        between = [replace(region, start=0.5, end=0.5) for region in masks]
+        torch.testing.assert_close(touching, guided(*nearly, *between), atol=1e-10, rtol=1e-10)
+    else:
+        torch.testing.assert_close(touching, guided(*nearly), atol=1e-10, rtol=1e-10)
+    same = guided(first, StyleRegion(tokens, start=0.5))
+    torch.testing.assert_close(same, guided(StyleRegion(tokens)), atol=1e-10, rtol=1e-10)
+    with pytest.raises(ConfigError, match="2 styles without masks"):
+        guided(replace(first, end=0.51), second)
 
 
 def whole(flop_of, num_blocks=30):
