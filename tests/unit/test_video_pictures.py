@@ -52,6 +52,27 @@ def hdr_chart(transfer):
     return np.repeat(row[None], 32, axis=0)
 
 
+def frame_of(codes, pix_fmt, *, matrix):
+    """10-bit Y'CbCr, MPEG range, of 16-bit codes (BT.2100, table 9; BT.709).
+
+    Not by FFmpeg's scaler: that of PyAV 17.1 writes BT.709 for BT.2020, unasked.
+    """
+    red, blue = {1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}[matrix]
+    r, g, b, *alpha = np.moveaxis(codes / 65535, -1, 0)
+    luma = red * r + (1 - red - blue) * g + blue * b
+    chroma = [(b - luma) / (2 - 2 * blue), (r - luma) / (2 - 2 * red)]
+    step = 2 if "420" in pix_fmt else 1
+    planes = [64 + 876 * luma, *(512 + 896 * part[::step, ::step] for part in chroma)]
+    planes += [1023 * part for part in alpha]
+    frame = av.VideoFrame(codes.shape[1], codes.shape[0], pix_fmt)
+    frame.colorspace, frame.color_range = matrix, 1
+    for plane, values in zip(frame.planes, planes, strict=True):
+        lines = np.zeros((values.shape[0], plane.line_size // 2), np.uint16)
+        lines[:, : values.shape[1]] = np.rint(values)
+        plane.update(lines.tobytes())
+    return frame
+
+
 @pytest.mark.parametrize("transfer", [PQ, HLG])
 def test_hdr_becomes_sdr(tmp_path, caplog, transfer):
     path = tmp_path / "hdr.mkv"
@@ -62,15 +83,15 @@ def test_hdr_becomes_sdr(tmp_path, caplog, transfer):
         context = stream.codec_context
         context.color_primaries = context.colorspace = 9
         context.color_trc, context.color_range = transfer, 1
-        frame = av.VideoFrame.from_ndarray(hdr_chart(transfer), format="rgb48le")
-        frame = frame.reformat(format="yuv420p10le", dst_colorspace="BT2020")
+        frame = frame_of(hdr_chart(transfer), "yuv420p10le", matrix=9)
         frame.color_primaries, frame.color_trc = 9, transfer
         output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
     pixels = read_video(path).frames[0]
     patches = pixels[16, 16::32].astype(int)
-    differences = np.abs(patches - CHART).max(1)
-    assert (differences <= 12).all(), patches.tolist()
+    # Beside a bright channel, rounding to 10 bits alone makes 13 of a dark one's 0 (PQ, green).
+    bounds = np.where(np.asarray(CHART) < 64, 20, 8)
+    assert (np.abs(patches - CHART) <= bounds).all(), patches.tolist()
     assert "converted to SDR" in caplog.text
 
 
@@ -115,10 +136,8 @@ def write_wide(path, codes, primaries, codec, pix_fmt):
         context = stream.codec_context
         context.color_primaries, context.colorspace = primaries, matrix
         context.color_trc, context.color_range = 1, 1
-        name = "rgb48le" if codes.shape[-1] == 3 else "rgba64le"
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(codes), format=name)
-        frame = frame.reformat(format=pix_fmt, dst_colorspace="BT2020" if matrix == 9 else "ITU709")
-        frame.color_primaries, frame.color_trc, frame.colorspace = primaries, 1, matrix
+        frame = frame_of(codes, pix_fmt, matrix=matrix)
+        frame.color_primaries, frame.color_trc = primaries, 1
         output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
 
