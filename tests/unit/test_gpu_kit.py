@@ -1,0 +1,76 @@
+"""The pieces for a GPU, rehearsed on the CPU: their real code at toy size."""
+
+import json
+
+import pytest
+import torch
+
+from bench import gpu, gpu_right
+from stylemaster_core.errors import ConfigError
+
+
+def call(tmp_path, *options):
+    return gpu.main(["--out", str(tmp_path), "--device", "cpu", "--toy", *options])
+
+
+def test_checks_hold_on_the_cpu_and_find_a_wrong_device(monkeypatch):
+    cpu = torch.device("cpu")
+    rows = gpu_right._guided_steps(cpu, seeds=1) + gpu_right._branches(cpu)
+    assert len(rows) == 7 and all(row["holds"] for row in rows), rows
+    guided = gpu_right._guided
+    monkeypatch.setattr(gpu_right, "_guided", lambda *a, **o: guided(*a, **o) * 1.0001)
+    wrong = gpu_right._guided_steps(cpu, seeds=1)
+    assert not any(row["holds"] for row in wrong if "float32" in row["check"])
+
+
+def test_what_a_device_cannot_do_is_told_and_the_rest_goes_on(monkeypatch):
+    def cannot(device):
+        raise RuntimeError("no kernel image is available\nmore words")
+
+    for name in ("_guided_steps", "_samplers", "_tiny"):
+        monkeypatch.setattr(gpu_right, name, lambda device, **options: [])
+    monkeypatch.setattr(gpu_right, "_branches", cannot)
+    rows = gpu_right.check_device(torch.device("cpu"))
+    told, trained = rows
+    assert told["check"] == "branches" and not told["holds"]
+    assert told["note"] == "no kernel image is available"
+    assert trained["check"] == "training in two parts" and trained["holds"]
+
+
+def test_pieces_run_report_and_go_on(tmp_path, capsys, monkeypatch):
+    assert call(tmp_path, "--only", "fast,train") == 0
+    for name in ("fast", "train"):
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        assert report["toy"] and report["failed"] == []
+        (measured,) = report["reports"].values()
+        rows = measured["parts" if name == "fast" else "trainers"]
+        assert rows and all(row["status"] == "measured" for row in rows)
+    assert call(tmp_path, "--only", "fast") == 0 and "done before" in capsys.readouterr().out
+    monkeypatch.setitem(gpu.PIECES, "right", lambda args: {"failed": ["a check"]})
+    assert call(tmp_path, "--only", "right") == 1
+    assert "right: FAILED: a check" in capsys.readouterr().err
+    assert call(tmp_path / "late", "--only", "right", "--minutes", "-1") == gpu.UNFINISHED
+    assert call(tmp_path, "--only", "other") == 2
+
+
+def test_a_part_of_the_recipe_is_trained(tmp_path, monkeypatch):
+    commands, statuses = [], iter([gpu.UNFINISHED, 0, 0])
+
+    def recipe(command):
+        commands.append(command)
+        return next(statuses)
+
+    monkeypatch.setattr(gpu, "call", recipe)
+    assert call(tmp_path, "--only", "tiny", "--tiny", "--seed 3") == gpu.UNFINISHED
+    assert commands[0][-2:] == ["--seed", "3"] and "recipes.tiny" in commands[0]
+    assert call(tmp_path, "--only", "tiny") == 1, "no stage was done"
+    done = tmp_path / "b" / "recipe" / "vae" / "done.json"
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    assert call(tmp_path / "b", "--only", "tiny") == 0
+    assert json.loads((tmp_path / "b" / "tiny.json").read_text())["stages"] == ["vae"]
+
+
+def test_unknown_pieces():
+    with pytest.raises(ConfigError, match="choose from right, tiny, fast, train"):
+        gpu.run(gpu.parse_arguments(["--only", "x"]))
