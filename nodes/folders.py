@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,34 @@ logger = logging.getLogger("stylemaster")
 NUM_RESULTS = 4
 
 
-def video_folders() -> list[str]:
-    """The input folder (".") and its sub-folders that hold videos."""
+def media_folders(endings: Collection[str]) -> list[str]:
+    """The input folder (".") and its sub-folders that hold files with these endings."""
     root = folder_paths.get_input_directory()
     found = [
         os.path.relpath(folder, root)
         for folder, _, names in os.walk(root)
-        if not is_hidden(Path(folder), Path(root)) and any(_is_video(name) for name in names)
+        if not is_hidden(Path(folder), Path(root)) and any(_ends(name, endings) for name in names)
     ]
     return [".", *sorted(name for name in found if name != ".")]
 
 
-def _is_video(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in MOVING_ENDINGS
+def _ends(name: str, endings: Collection[str]) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in endings
+
+
+def media_of_folder(folder: str, endings: Collection[str], what: str) -> list[Path]:
+    """The files of a folder of ComfyUI's input folder, in the order of their names.
+
+    Links that lead out of ComfyUI's input folder are refused when they are opened by name.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    root = folder_paths.get_input_directory()
+    place = find_inside(folder, [root])
+    if place is None or not place.is_dir():
+        raise ConfigError(f"there is no folder {folder!r} in {root}; put the {what} there")
+    return sorted(media_files(place, endings), key=lambda path: path.name.lower())
 
 
 def video_of_folder(folder: str, index: int) -> Path:
@@ -46,18 +62,14 @@ def video_of_folder(folder: str, index: int) -> Path:
         ConfigError: if the folder or the video is none of ComfyUI's input folder, or there is no
             such number.
     """
-    root = folder_paths.get_input_directory()
-    place = find_inside(folder, [root])
-    if place is None or not place.is_dir():
-        raise ConfigError(f"there is no folder {folder!r} in {root}; put the videos there")
-    names = sorted((path.name for path in media_files(place, MOVING_ENDINGS)), key=str.lower)
-    if not 0 <= index < len(names):
+    videos = media_of_folder(folder, MOVING_ENDINGS, "videos")
+    if not 0 <= index < len(videos):
         raise ConfigError(
-            f"there is no video {index} in {place}: it holds {len(names)} "
-            f"({', '.join(sorted(MOVING_ENDINGS))}), counted from 0"
-            + ("; set the index to 0 to begin again" if names else "; put videos there")
+            f"there is no video {index} in {folder!r} of ComfyUI's input folder: it holds "
+            f"{len(videos)} ({', '.join(sorted(MOVING_ENDINGS))}), counted from 0"
+            + ("; set the index to 0 to begin again" if videos else "; put videos there")
         )
-    video = find_inside(f"{folder}/{names[index]}", [root])
+    video = find_inside(f"{folder}/{videos[index].name}", [folder_paths.get_input_directory()])
     assert video is not None
     return video
 
@@ -76,7 +88,7 @@ class FolderVideo(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=video_folders(),
+                    options=media_folders(MOVING_ENDINGS),
                     default=".",
                     tooltip="Folder inside ComfyUI's input folder; '.' is that folder itself.",
                 ),
@@ -147,7 +159,7 @@ class FolderVideo(io.ComfyNode):
         )
 
 
-def _some_frames(image: Tensor, what: str, count: int) -> list[np.ndarray]:
+def some_frames(image: Tensor, what: str, count: int) -> list[np.ndarray]:
     """At most `count` frames, evenly from the first to the last."""
     frames = image_to_frames(image, what)
     chosen = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
@@ -203,7 +215,7 @@ class CompareStyles(io.ComfyNode):
             given = words[n - 1] if n <= len(words) else ""
             names[f"result_{n}"] = given or f"result {n}"
         rows = [
-            (label, _some_frames(images[key], f"{key} of the comparison", columns))
+            (label, some_frames(images[key], f"{key} of the comparison", columns))
             for key, label in names.items()
             if images.get(key) is not None
         ]

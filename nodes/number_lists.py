@@ -56,6 +56,33 @@ def _listed_scales(text: str, num_blocks: int) -> list[float]:
     return [scales.get(block, 0.0) for block in range(num_blocks)]
 
 
+def strength_list(text: str, *, most: int) -> list[float]:
+    """Strengths of a style: "0.5, 1, 1.5".
+
+    Raises:
+        ConfigError: for a text that cannot be read, a number below 0 or above 4, or one that is
+            named twice; for none, or more than `most`.
+    """
+    strengths: list[float] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            strength = float(part)
+        except ValueError:
+            strength = math.nan
+        if not 0 <= strength <= 4:
+            raise ConfigError(
+                f"strengths: {part!r:.40} is no number from 0 to 4; write them as in 0.5, 1, 1.5"
+            )
+        if strength in strengths:
+            raise ConfigError(f"strengths: {part} is named twice in {text!r:.80}; name it once")
+        strengths.append(strength)
+    if not 0 < len(strengths) <= most:
+        raise ConfigError(
+            f"strengths: {len(strengths)} were given; give 1 to {most}, as in 0.5, 1, 1.5"
+        )
+    return strengths
+
+
 def guidance_schedule(text: str, constant: float) -> list[float]:
     """Guidance over the sampling.
 

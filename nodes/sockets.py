@@ -22,6 +22,7 @@ StyleAdapterSocket: Any = io.Custom("STYLE_ADAPTER")  # StyleAdapter or StyleCra
 StyleFeaturesSocket: Any = io.Custom("STYLE_FEATURES")  # StyleFeatures
 StyleSocket: Any = io.Custom("STYLE")  # the core's Style
 ControlNetSocket: Any = io.Custom("GRAY_TILE_CONTROLNET")  # from `load_native_controlnet`
+GridSocket: Any = io.Custom("STYLE_GRID")  # Grid
 MotionAdapterSocket: Any = io.Custom("MOTION_ADAPTER")  # the core's MotionAdapter
 
 
@@ -81,6 +82,14 @@ class StyleFeatures:
     crop: CropMode
     shuffle_seed: int
     for_video: Callable[[], Tensor]  # [B, N, C] as StyleCrafter's video adapter takes them
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which styles and strengths are compared; the first style's strengths come first."""
+
+    names: tuple[str, ...]
+    strengths: tuple[float, ...]
 
 
 def range_inputs(begins: str, ends: str, *, end: float = 1.0) -> list[io.Float.Input]:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any, get_args
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..stylemaster_core.data.images import CropMode
-from ..stylemaster_core.errors import ConfigError
+from ..stylemaster_core.data.thumbnails import read_thumbnail, thumbnail_jpeg
+from ..stylemaster_core.errors import ConfigError, LayoutError
 from ..stylemaster_core.models.style_tokens import (
     BlendMode,
     Style,
     blend_styles,
-    load_style,
+    parse_tags,
+    read_style,
     save_style,
 )
 from ..stylemaster_core.models.texture_selector import RELEASE_DROP_RATE, SelectionMode
 from .conditionings import Conditioning
-from .layouts import pictures_to_image
+from .layouts import image_to_frames, pictures_to_image
 from .paths import STYLES, check_choice, fingerprint, model_file, model_names, save_numbered
 from .sockets import (
     StyleAdapter,
@@ -30,6 +34,8 @@ from .sockets import (
     schema,
 )
 from .style_encoding import encode_pictures, encode_stylecrafter, select_textures
+
+logger = logging.getLogger("stylemaster")
 
 NUM_BLENDED = 4
 
@@ -257,15 +263,28 @@ class SaveStyle(io.ComfyNode):
         return schema(
             node_id="StyleMasterSaveStyle",
             display_name="Save Style",
-            description="Writes a style to models/stylemaster/styles. Nothing is overwritten: each "
-            "file gets the next number.",
-            search_aliases=["export style", "style file"],
+            description="Writes a style to models/stylemaster/styles, with a small picture and "
+            "tags by which Load Style shows it. Nothing is overwritten: each file gets the next "
+            "number.",
+            search_aliases=["export style", "style file", "style library"],
             inputs=[
-                StyleSocket.Input("style", tooltip="The style to keep; the picture is not saved."),
+                StyleSocket.Input("style", tooltip="The style to keep."),
                 io.String.Input(
                     "filename_prefix",
                     default="style",
                     tooltip="Name in models/stylemaster/styles, optionally with a sub-folder.",
+                ),
+                io.Image.Input(
+                    "picture",
+                    optional=True,
+                    tooltip="What Load Style is to show: the style picture or a result, of several "
+                    "the first. A copy of at most 256 pixels is kept in the file; nothing without.",
+                ),
+                io.String.Input(
+                    "tags",
+                    default="",
+                    optional=True,  # workflows from before it do not name it
+                    tooltip="Words to find the style by, separated by commas: oil, impasto, storm.",
                 ),
             ],
             outputs=[
@@ -275,8 +294,16 @@ class SaveStyle(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, style: Style, filename_prefix: str) -> io.NodeOutput:
-        path = save_numbered(filename_prefix, lambda path: save_style(path, style))
+    def execute(
+        cls, style: Style, filename_prefix: str, picture: Tensor | None = None, tags: str = ""
+    ) -> io.NodeOutput:
+        words, thumbnail = parse_tags(tags), None
+        if picture is not None:
+            thumbnail = thumbnail_jpeg(image_to_frames(picture[:1], "the picture")[0])
+        path = save_numbered(
+            filename_prefix,
+            lambda path: save_style(path, style, tags=words, thumbnail=thumbnail),
+        )
         return io.NodeOutput(path.name, ui={"text": [path.name]})
 
 
@@ -288,8 +315,9 @@ class LoadStyle(io.ComfyNode):
         return schema(
             node_id="StyleMasterLoadStyle",
             display_name="Load Style",
-            description="Loads a saved style; neither picture nor CLIP is needed.",
-            search_aliases=["import style", "style file"],
+            description="Loads a saved style, chosen by its picture; neither the style picture nor "
+            "CLIP is needed.",
+            search_aliases=["import style", "style file", "style library"],
             inputs=[
                 io.Combo.Input(
                     "style_name",
@@ -298,7 +326,14 @@ class LoadStyle(io.ComfyNode):
                     "the adapter that it was made with.",
                 )
             ],
-            outputs=[StyleSocket.Output(display_name="style", tooltip="For Apply Style.")],
+            outputs=[
+                StyleSocket.Output(display_name="style", tooltip="For Apply Style."),
+                io.Image.Output(
+                    display_name="picture",
+                    tooltip="The small picture that is kept in the file; nothing without any.",
+                ),
+                io.String.Output(display_name="tags", tooltip="Its tags, separated by commas."),
+            ],
         )
 
     @classmethod
@@ -307,7 +342,19 @@ class LoadStyle(io.ComfyNode):
 
     @classmethod
     def execute(cls, style_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_style(model_file(style_name, STYLES)))
+        path = model_file(style_name, STYLES)
+        style, tags, thumbnail = read_style(path)
+        return io.NodeOutput(style, _picture_of(path, thumbnail), ", ".join(tags))
+
+
+def _picture_of(path: Path, thumbnail: bytes | None) -> Tensor | None:
+    if thumbnail is None:
+        return None
+    try:
+        return pictures_to_image([read_thumbnail(thumbnail)])
+    except LayoutError as error:
+        logger.warning("%s: its picture is left out: %s", path.name, error)
+        return None
 
 
 NODES = [StyleEncoder, TextureSelector, BlendStyles, SaveStyle, LoadStyle]

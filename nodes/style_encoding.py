@@ -28,6 +28,8 @@ from .conditionings import Conditioning
 from .layouts import clip_view_to_image, image_to_frames, pictures_to_image
 from .sockets import StyleAdapter, StyleCrafterAdapter, StyleFeatures
 
+_SAMPLED = 64  # numbers of each weight
+
 
 def encode_pictures(
     clip_vision: Any, image: Tensor, shuffle_seed: int, crop: CropMode
@@ -39,15 +41,7 @@ def encode_pictures(
     """
     pictures = list(image_to_frames(image, "the style picture"))
     shuffled = [content_shuffle(picture, seed=shuffle_seed) for picture in pictures]
-    views = [
-        clip_pixels(view, crop=crop, size=clip_vision.image_size) for view in pictures + shuffled
-    ]
-    seen = clip_vision.encode_image(clip_view_to_image(torch.stack(views)))
-    if seen["image_embeds"] is None or seen["image_embeds"].ndim != 2:
-        raise LayoutError(
-            "this CLIP_VISION gives no projected image embedding; load CLIP ViT-H/14 "
-            "(clip_vision_h.safetensors)"
-        )
+    seen = _look_at(clip_vision, pictures + shuffled, crop)
     patches, penultimate = (
         seen[name][: len(pictures)].float().cpu()
         for name in ("last_hidden_state", "penultimate_hidden_states")
@@ -66,6 +60,40 @@ def encode_pictures(
         shuffle_seed,
         functools.partial(video_features, clip_vision, pictures, crop),
     )
+
+
+def _look_at(clip_vision: Any, pictures: Sequence[np.ndarray], crop: CropMode) -> Any:
+    views = [clip_pixels(view, crop=crop, size=clip_vision.image_size) for view in pictures]
+    seen = clip_vision.encode_image(clip_view_to_image(torch.stack(views)))
+    if seen["image_embeds"] is None or seen["image_embeds"].ndim != 2:
+        raise LayoutError(
+            "this CLIP_VISION gives no projected image embedding; load CLIP ViT-H/14 "
+            "(clip_vision_h.safetensors)"
+        )
+    return seen
+
+
+def search_embeds(clip_vision: Any, pictures: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """What pictures are found by: [B, D] each of their content-shuffled versions, and as they are.
+
+    Raises:
+        LayoutError: as `encode_pictures`.
+    """
+    shuffled = [content_shuffle(picture, seed=0) for picture in pictures]
+    seen = _look_at(clip_vision, [*shuffled, *pictures], "center")
+    style, whole = seen["image_embeds"].float().cpu().chunk(2)
+    return {"style": style, "whole": whole}
+
+
+def encoder_identity(clip_vision: Any) -> str:
+    """Tells vision models apart: a hash of some of the numbers of every weight."""
+    digest = hashlib.sha256()
+    for key, value in sorted(clip_vision.get_sd().items()):
+        flat = value.detach().flatten()
+        some = flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED]
+        digest.update(f"{key} {list(value.shape)}".encode())
+        digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from ..weights.numbers import check_floating
 from .decoupled_attention import StyleRegion
 
 FORMAT = "stylemaster-style-1"
+# Of the ModelSpec standard, as ComfyUI's model library and others show them.
+TAGS_KEY, THUMBNAIL_KEY = "modelspec.tags", "modelspec.thumbnail"
+JPEG_URL = "data:image/jpeg;base64,"
+MAX_TAGS, MAX_TAG = 20, 50  # how many, and characters of each
 TIME_STEPS = 840  # resolution of masks over time; divisible by most small numbers of frames
 BlendMode = Literal["mean", "concatenate"]
 
@@ -113,18 +119,67 @@ def styles_over_time(
     ]
 
 
-def save_style(path: str | Path, style: Style, *, overwrite: bool = False) -> Path:
-    """Write a style as safetensors; its provenance goes into the header.
+class SavedStyle(NamedTuple):
+    """A style as its file has it."""
+
+    style: Style
+    tags: tuple[str, ...]
+    thumbnail: bytes | None  # JPEG, of anybody's making
+
+
+def parse_tags(text: str) -> tuple[str, ...]:
+    """Tags that are separated by commas or line ends, each once.
+
+    Raises:
+        ConfigError: for more than 20, one longer than 50 characters, or control characters.
+    """
+    tags = tuple(dict.fromkeys(filter(None, map(str.strip, text.replace("\n", ",").split(",")))))
+    if len(tags) > MAX_TAGS:
+        raise ConfigError(f"{len(tags)} tags; give at most {MAX_TAGS}, separated by commas")
+    for tag in tags:
+        if len(tag) > MAX_TAG or not tag.isprintable():
+            raise ConfigError(
+                f"the tag {tag!r:.60} is refused; give words of at most {MAX_TAG} printable "
+                "characters each, separated by commas"
+            )
+    return tags
+
+
+def save_style(
+    path: str | Path,
+    style: Style,
+    *,
+    tags: Sequence[str] = (),
+    thumbnail: bytes | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a style as safetensors; what belongs to it goes into the header.
+
+    Args:
+        path: where to write.
+        style: the style.
+        tags: from `parse_tags`.
+        thumbnail: from `thumbnail_jpeg`; None for none.
+        overwrite: replace an existing file.
 
     Raises:
         WeightsError: if the file exists and `overwrite` is False, or cannot be written.
     """
     metadata = {"format": FORMAT, "provenance": json.dumps(style.provenance)}
+    if tags:
+        metadata[TAGS_KEY] = ",".join(tags)
+    if thumbnail is not None:
+        metadata[THUMBNAIL_KEY] = JPEG_URL + base64.b64encode(thumbnail).decode()
     return write_state_dict(path, {"style_tokens": style.tokens}, metadata, overwrite=overwrite)
 
 
 def load_style(path: str | Path) -> Style:
-    """Read a style written by `save_style`.
+    """The style of a file; see `read_style`."""
+    return read_style(path).style
+
+
+def read_style(path: str | Path) -> SavedStyle:
+    """Read a style written by `save_style`, of any version.
 
     Raises:
         WeightsError: if the file is missing, damaged or something else.
@@ -148,6 +203,19 @@ def load_style(path: str | Path) -> Style:
     if not isinstance(provenance, dict):
         raise WeightsError(f"{path}: the provenance in its header is no JSON object")
     try:
-        return Style(file.tensors["style_tokens"], provenance)
+        style = Style(file.tensors["style_tokens"], provenance)
     except LayoutError as error:
         raise WeightsError(f"{path} is no usable style: {error}") from error
+    tags = map(str.strip, file.metadata.get(TAGS_KEY, "").split(","))
+    return SavedStyle(style, tuple(filter(None, tags)), _thumbnail(file.metadata))
+
+
+def _thumbnail(metadata: Mapping[str, str]) -> bytes | None:
+    """The picture in a header; other programs may have put one of another kind there."""
+    url = metadata.get(THUMBNAIL_KEY, "")
+    if not url.startswith(JPEG_URL):
+        return None
+    try:
+        return base64.b64decode(url.removeprefix(JPEG_URL), validate=True)
+    except (binascii.Error, ValueError):  # not ASCII
+        return None

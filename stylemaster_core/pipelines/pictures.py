@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from ..data.images import CLIP_MEAN, CLIP_STD, CropMode, clip_pixels
+from ..errors import LayoutError
 
 SIDE_PX = 256
 LABEL_PX = 18
@@ -61,13 +62,15 @@ def _panel(image: np.ndarray, how: Image.Resampling = Image.Resampling.BICUBIC) 
     return np.asarray(Image.fromarray(image).resize((SIDE_PX, SIDE_PX), how))
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[np.ndarray]]], side_px: int = 192
-) -> np.ndarray:
-    """Rows of pictures under a label each, for comparing results.
+Row = tuple[str | Sequence[str], Sequence[np.ndarray]]
+
+
+def contact_sheet(rows: Sequence[Row], side_px: int = 192) -> np.ndarray:
+    """Rows of pictures under labels, for comparing results.
 
     Args:
-        rows: label and uint8 [H, W, 3] pictures; all are fitted into squares of `side_px`.
+        rows: a label for the row, or one for each picture (cut to its width); and uint8
+            [H, W, 3] pictures. All are fitted into squares of `side_px`.
         side_px: of a picture.
 
     Returns:
@@ -78,8 +81,55 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for row, (label, pictures) in enumerate(rows):
         top = row * (side_px + LABEL_PX)
-        draw.text((4, top + 3), label, fill="black")
+        labels = [label] if isinstance(label, str) else [_cut(draw, x, side_px - 8) for x in label]
+        for column, text in enumerate(labels):
+            draw.text((column * side_px + 4, top + 3), text, fill="black")
         for column, picture in enumerate(pictures):
             fitted = ImageOps.contain(Image.fromarray(picture), (side_px - 4, side_px - 4))
             sheet.paste(fitted, (column * side_px + 2, top + LABEL_PX))
     return np.asarray(sheet)
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, width_px: int) -> str:
+    """As much of a text as fits, with its end, which tells results of one style apart."""
+    if len(text) > 200:  # no cell is as wide
+        text = text[:100] + text[-100:]
+    shown = text
+    for length in range(len(text) - 1, 1, -1):
+        if draw.textlength(shown) <= width_px:
+            break
+        shown = f"{text[: length // 2]}..{text[len(text) - length // 2 :]}"
+    return shown
+
+
+def grid_rows(
+    names: Sequence[str], strengths: Sequence[float], results: Sequence[Sequence[np.ndarray]]
+) -> list[Row]:
+    """Rows of a contact sheet of each style at each strength.
+
+    Args:
+        names: of the styles.
+        strengths: of each style.
+        results: frames uint8 [H, W, 3] of each style at each strength, the strengths of the first
+            style first.
+
+    Returns:
+        Where each result is one frame, a row for each style with its strengths side by side; else
+        a row for each result with its frames side by side.
+
+    Raises:
+        LayoutError: if there are not as many results as styles times strengths.
+    """
+    labels = [f"{name}, {strength:g}" for name in names for strength in strengths]
+    if len(results) != len(labels):
+        raise LayoutError(
+            f"{len(results)} results came for {len(names)} styles at {len(strengths)} strengths; "
+            f"expected {len(labels)}"
+        )
+    if any(len(frames) > 1 for frames in results):
+        return list(zip(labels, results, strict=True))
+    columns = len(strengths)
+    return [
+        (labels[start : start + columns], [frame for (frame,) in results[start : start + columns]])
+        for start in range(0, len(labels), columns)
+    ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -83,6 +84,7 @@ def small(name: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> 
 
 def write_models(models_dir: Path) -> None:
     """Small random weights under the names that the workflows ask for."""
+    from stylemaster_core.data.thumbnails import thumbnail_jpeg
     from stylemaster_core.models.style_tokens import Style, save_style
 
     save, ours = small_models.save, models_dir / "stylemaster"
@@ -107,9 +109,9 @@ def write_models(models_dir: Path) -> None:
         tokens = small_models.LOCAL_TOKENS + small_models.GLOBAL_TOKENS
         generator = torch.Generator().manual_seed(4)
         kept.parent.mkdir(exist_ok=True)
-        save_style(
-            kept, Style(torch.randn(1, tokens, small_models.TEXT_WIDTH, generator=generator))
-        )
+        style = Style(torch.randn(1, tokens, small_models.TEXT_WIDTH, generator=generator))
+        picture = np.full((96, 96, 3), (200, 120, 40), np.uint8)
+        save_style(kept, style, tags=["oil", "storm"], thumbnail=thumbnail_jpeg(picture))
 
 
 def _motion_weights(rank: int = 4) -> dict[str, torch.Tensor]:

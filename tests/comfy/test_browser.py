@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from stylemaster_core.models.style_tokens import FORMAT, TAGS_KEY, THUMBNAIL_KEY, load_style
+from stylemaster_core.weights.files import write_state_dict
 from tests.comfy import blueprints, browser, layout, node_texts, server, shipped_workflows
 from tests.comfy.shipped_workflows import names, small
 
@@ -69,7 +72,9 @@ def test_a_template_opens_without_missing_nodes(ui, name):
         node["inputs"] = {k: value for k, value in node["inputs"].items() if k in known}
         given = posted[key]["inputs"]
         for added in given.keys() - node["inputs"].keys():
-            assert not node["class_type"].startswith("StyleMaster"), added
+            ours = node["class_type"].startswith("StyleMaster")
+            # What a template does not name of our nodes, it leaves at its default.
+            assert not ours or added in info[node["class_type"]]["input"]["optional"], added
             value = given.pop(added)
             if added in known:
                 assert value == known[added][1].get("default"), added
@@ -119,6 +124,46 @@ def test_a_blueprint_is_listed_and_opens_to_its_template(ui, name):
         assert links.items() <= found["inputs"].items()
         ours = found["class_type"].startswith("StyleMaster")
         assert not ours or found["inputs"].keys() == links.keys()
+
+
+def test_saved_styles_are_chosen_by_their_pictures(drawn, comfy_models):
+    opened, _ = drawn
+    folder = comfy_models / "stylemaster" / "styles"
+    shutil.copy(folder / "blend_00001_.safetensors", folder / "ink.safetensors")
+    shutil.copy(folder / "blend_00001_.safetensors", folder / "remote.safetensors")
+    style = load_style(folder / "ink.safetensors")
+    elsewhere = {"format": FORMAT, THUMBNAIL_KEY: "https://example.org/x.jpg", TAGS_KEY: "far"}
+    tokens = {"style_tokens": style.tokens}
+    write_state_dict(folder / "remote.safetensors", tokens, elsewhere, overwrite=True)
+    opened.load(json.loads((shipped_workflows.FOLDER / "saved_style.json").read_text("utf-8")))
+    opened.page.keyboard.press("Escape")
+    opened.fit()
+    opened.command("Comfy.RefreshNodeDefinitions")
+    buttons = opened.page.locator(".stylemaster-library button")
+    buttons.nth(2).wait_for(state="attached", timeout=20_000)
+
+    def shown(name: str) -> str:
+        return buttons.filter(has_text=name).locator("img").evaluate("image => image.src")
+
+    opened.page.wait_for_function(
+        """() => [...document.querySelectorAll('.stylemaster-library img')]
+            .filter(image => image.naturalWidth === 96).length === 2""",
+        timeout=20_000,
+    )
+    assert shown("ink").startswith("data:image/jpeg") and shown("remote").startswith(
+        "data:image/gif"
+    )
+    buttons.filter(has_text="ink").click()
+    api = opened.to_api()
+    (chosen,) = (node for node in api.values() if node["class_type"] == "StyleMasterLoadStyle")
+    assert chosen["inputs"] == {"style_name": "ink.safetensors"}
+    assert buttons.filter(has_text="ink").get_attribute("aria-pressed") == "true"
+    opened.page.locator(".stylemaster-library input").fill("far")
+    buttons.filter(has_text="ink").wait_for(state="hidden")
+    assert buttons.filter(has_text="remote").is_visible()
+    (saved,) = (n for n in opened.serialize()["nodes"] if n["type"] == "StyleMasterLoadStyle")
+    assert saved["widgets_values"] == ["ink.safetensors"]
+    assert opened.errors == []
 
 
 def test_a_workflow_runs_to_a_video(ui):

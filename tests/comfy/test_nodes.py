@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import json
+import shutil
 import subprocess
+import urllib.error
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stylemaster_core.pipelines.pictures import Row, contact_sheet, grid_rows
 from tests.comfy import server, small_models
 from tests.unit import test_video_time as video_time
 
@@ -24,6 +27,7 @@ NODE_IDS = {
     "StyleMasterCrop",
     "StyleMasterDataset",
     "StyleMasterEncodeDataset",
+    "StyleMasterFindStyle",
     "StyleMasterFolderVideo",
     "StyleMasterGrayTileControl",
     "StyleMasterGuider",
@@ -35,6 +39,8 @@ NODE_IDS = {
     "StyleMasterSaveStyle",
     "StyleMasterShowScales",
     "StyleMasterStyleEncoder",
+    "StyleMasterStyleGrid",
+    "StyleMasterStyleSheet",
     "StyleMasterTextureSelector",
     "StyleMasterTinyLoader",
     "StyleMasterTrainGlobalProjection",
@@ -128,7 +134,12 @@ STYLED_VIDEO = {
 
 def variant(of: str, **inputs: Any) -> dict[str, Any]:
     """A copy of a node of the workflow with other inputs."""
-    original = copy.deepcopy(STYLED_VIDEO[of])
+    return variant_of(STYLED_VIDEO[of], **inputs)
+
+
+def variant_of(original: dict[str, Any], **inputs: Any) -> dict[str, Any]:
+    """A copy of a node with other inputs."""
+    original = copy.deepcopy(original)
     changed = node("", **inputs)["inputs"]
     return {**original, "inputs": {**original["inputs"], **changed}}
 
@@ -237,6 +248,7 @@ def show(source: str) -> dict[str, Any]:
 
 
 EQUAL = 1e-5
+LEVELS = 4  # of 255
 DIFFERENT = 1e-3
 
 
@@ -532,6 +544,35 @@ def test_a_saved_style_is_the_same(comfy, comfy_models):
     assert seen["same"] == 0
 
 
+def test_a_style_is_kept_with_a_picture_and_tags(comfy, comfy_models):
+    saved = stylemaster(
+        "SaveStyle", style="@style", filename_prefix="tests/card", picture="@picture", tags="oil, b"
+    )
+    (name,) = run(comfy, save=saved).outputs["save"]["text"]
+    outputs = run(
+        comfy,
+        save=stylemaster("LoadStyle", style_name=f"tests/{name}"),
+        shown=show("@save:1"),
+        tags=node("PreviewAny", source="@save:2"),
+    ).outputs
+    picture = Image.open(io.BytesIO(comfy.view(outputs["shown"]["images"][0])))
+    assert picture.size == (56, 40)
+    assert outputs["tags"]["text"] == ["oil, b"]
+    # What the interface asks for its list of pictures: ComfyUI's own route.
+    header = json.loads(comfy._request(f"/view_metadata/stylemaster_styles?filename=tests/{name}"))
+    assert header["modelspec.tags"] == "oil,b"
+    assert header["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    with pytest.raises(urllib.error.HTTPError):
+        comfy._request("/view_metadata/stylemaster_styles?filename=../small_adapter.safetensors")
+    many = stylemaster(
+        "SaveStyle",
+        style="@style",
+        filename_prefix="tests/card",
+        tags=",".join("abcdefghijklmnopqrstu"),
+    )
+    assert "at most 20" in failure(comfy, "save", save=many)
+
+
 def test_a_changed_file_is_read_again(comfy, comfy_models):
     from stylemaster_core.models.style_tokens import Style, save_style
 
@@ -546,6 +587,143 @@ def test_a_changed_file_is_read_again(comfy, comfy_models):
     assert "loaded" not in run(comfy, **nodes).node_seconds
     save_style(path, Style(torch.zeros(1, 6, small_models.TEXT_WIDTH)), overwrite=True)
     assert {"loaded", "apply", "sample"} <= set(run(comfy, **nodes).node_seconds)
+
+
+STYLE_GRID = {
+    "other_picture": node("LoadImage", image="style_1.png"),
+    "other_features": variant("features", image="@other_picture"),
+    "other_style": variant("style", features="@other_features"),
+    "grid": stylemaster(
+        "StyleGrid", style_1="@style", style_3="@other_style", strengths="0.5, 1", names="oil"
+    ),
+    "apply": variant("apply", style="@grid:0", strength="@grid:1"),
+    "sample": variant("sample", steps=1),
+    "sheet": stylemaster(
+        "StyleSheet", grid="@grid:2", latent="@sample", vae="@vae", columns=1, side=96
+    ),
+}
+
+
+def test_a_grid_of_styles_is_the_results_of_each(comfy):
+    single = {}
+    for number, (style, strength) in enumerate(
+        (style, strength) for style in ("@style", "@other_style") for strength in (0.5, 1.0)
+    ):
+        single |= {
+            f"apply_{number}": variant("apply", style=style, strength=strength),
+            f"sample_{number}": sampled(f"apply_{number}", steps=1),
+            f"decode_{number}": variant("decode", samples=f"@sample_{number}"),
+            f"crop_{number}": variant(
+                "crop", frames=f"@decode_{number}", latent=f"@sample_{number}"
+            ),
+            f"shown_{number}": show(f"@crop_{number}"),
+        }
+    clip_sheet = {**STYLE_GRID["sheet"]["inputs"], "columns": 3, "content": "@crop_0"}
+    outputs = run(
+        comfy,
+        **STYLE_GRID,
+        **single,
+        shown=show("@sheet"),
+        clips=stylemaster("StyleSheet", **{**clip_sheet, "grid": "@grid:2", "latent": "@sample"}),
+        shown_clips=show("@clips"),
+    ).outputs
+
+    def pictures(key: str) -> list[np.ndarray]:
+        files = [comfy.view(file) for file in outputs[key]["images"]]
+        return [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+
+    results = [pictures(f"shown_{number}") for number in range(4)]
+    names, strengths = ["oil", "style 2"], [0.5, 1.0]
+    some = [[frames[0], frames[3], frames[6]] for frames in results]
+    rows = [("content", some[0]), *grid_rows(names, strengths, some)]
+
+    def apart(rows: list[Row], key: str) -> int:
+        (sheet,) = pictures(key)
+        return int(np.abs(contact_sheet(rows, 96).astype(int) - sheet).max())
+
+    for number in range(4):  # each result in the place of the first: only one is right
+        swapped = [results[number], *results[1:]]
+        first = grid_rows(names, strengths, [frames[:1] for frames in swapped])
+        # ComfyUI's PNGs are cut to whole levels, ours are rounded.
+        assert (apart(first, "shown") <= LEVELS) == (number == 0)
+    assert apart(rows, "shown_clips") <= LEVELS
+
+
+def find(**inputs: Any) -> dict[str, Any]:
+    given = {"folder": "library", "count": 2, "compare": "style", **inputs}
+    return stylemaster("FindStyle", clip_vision="@vision", picture="@picture", **given)
+
+
+@pytest.fixture
+def library(comfy):
+    """A folder of pictures in the input folder: one alike and others."""
+    folder = comfy.input_dir / "library"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    shutil.copy(comfy.input_dir / "style_0.png", folder / "same.png")
+    shutil.copy(comfy.input_dir / "style_1.png", folder / "other.png")
+    Image.new("RGB", (90, 30), (0, 90, 200)).save(folder / "Flat.jpg")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_pictures_of_a_like_style_are_found(comfy, library):
+    def found(**inputs: Any) -> tuple[list[str], list[Any], dict[str, float]]:
+        result = run(
+            comfy,
+            found=find(**inputs),
+            shown=show("@found"),
+            names=node("PreviewAny", source="@found:1"),
+        )
+        sizes = [
+            Image.open(io.BytesIO(comfy.view(file))).size
+            for file in result.outputs["shown"]["images"]
+        ]
+        return result.outputs["names"]["text"], sizes, result.node_seconds
+
+    names, sizes, _ = found()
+    assert names[0] == "same" and len(names) == 2 and sizes[0] == (56, 40)
+    assert set(found(count=9)[0]) == {"same", "other", "Flat"}
+    assert found(compare="whole picture")[0][0] == "same"
+    # Nothing changed: ComfyUI answers from its cache. A new picture is found, a removed one is not.
+    assert "found" not in found(compare="whole picture")[2]
+    Image.open(library / "same.png").rotate(180).save(library / "turned.png")
+    (library / "other.png").unlink()
+    names, sizes, ran = found(count=9)
+    assert set(names) == {"same", "turned", "Flat"} and "found" in ran
+    assert sizes[names.index("Flat")] == (90, 30)
+    (index,) = (comfy.output_dir / "stylemaster" / "indexes").glob("*")
+    assert index.suffix == ".safetensors"
+
+
+def test_found_pictures_make_a_grid(comfy, library):
+    outputs = run(
+        comfy,
+        **{
+            **STYLE_GRID,
+            "found": find(),
+            "features": variant("features", image="@found"),
+            "grid": stylemaster("StyleGrid", style_1="@style", strengths="1", names="@found:1"),
+        },
+        shown=show("@sheet"),
+    ).outputs
+    sheet = Image.open(io.BytesIO(comfy.view(outputs["shown"]["images"][0])))
+    assert sheet.size == (96, 2 * (96 + 18))
+
+
+@pytest.mark.parametrize("folder", ["..", "/etc", "library/../..", "nowhere"])
+def test_no_pictures_are_searched_outside_the_input(comfy, folder):
+    said = refusal(comfy, found=find(folder=folder), out=show("@found"))
+    assert "is refused" in said or "not in list" in said or "there is no folder" in said
+
+
+def test_a_grid_that_cannot_be_made_is_refused(comfy):
+    many = {**STYLE_GRID, "grid": variant_of(STYLE_GRID["grid"], strengths="0.5; 1")}
+    assert "no number from 0 to 4" in failure(comfy, "grid", **many, out=show("@sheet"))
+    named = {**STYLE_GRID, "grid": variant_of(STYLE_GRID["grid"], names="a, b, c")}
+    assert "3 names came for 2 styles" in failure(comfy, "grid", **named, out=show("@sheet"))
+    apart = {**STYLE_GRID, "apply": variant("apply"), "out": show("@sheet")}
+    assert "1 latents came for a grid of 4" in failure(comfy, "sheet", **apart)
 
 
 def test_motion(comfy):
@@ -914,7 +1092,7 @@ import custom_nodes_stylemaster as pack
 before = set(sys.modules)  # ComfyUI itself needs av
 extension = asyncio.run(pack.comfy_entrypoint())
 asyncio.run(extension.get_node_list())
-from custom_nodes_stylemaster.nodes import folders, loaders, style, control
+from custom_nodes_stylemaster.nodes import find_style, folders, loaders, style, control
 
 heavy = {"diffusers", "transformers", "av", "cv2"}
 loaded = sorted((set(sys.modules) - before) & heavy)
@@ -925,6 +1103,7 @@ if not os.path.lexists(link):
     os.symlink("/etc", link)
 names = ["../x", "/etc/passwd", "C:/x", "x\\0", "link", "..", "a/../../x"]
 calls = {
+    "folder of pictures": lambda name: find_style.pictures_of(name),
     "folder": lambda name: folders.FolderVideo.execute(name, 0, 0, 0),
     "adapter": lambda name: loaders.LoadAdapter.execute(name),
     "motion": lambda name: loaders.MotionAdapterLoader.execute(None, name, 0.1, 0.0, 1.0),

@@ -58,6 +58,7 @@ def test_the_archive_holds_all_that_the_pack_needs(archived):
     assert {"__init__.py", "pyproject.toml", "LICENSE", "weights_manifest.json"} <= kept
     for folder, kind in (
         ("workflows", "*.json"),
+        ("web", "*.js"),
         ("web/docs", "**/*.md"),
         ("locales", "**/*.json"),
     ):
