@@ -51,7 +51,7 @@ BASE = BaseConfig(width=64, ffn_width=128, num_blocks=2, text_width=10)
 FLOW = FlowConfig(text_length=5, timesteps="logit_normal", weighting="none", shift=2.0)
 STYLE = StyleConfig(selection="all", global_tokens=2, num_layers=1, num_heads=2)
 STYLE_FEATURES = ("patch_features", "image_embeds", "shuffled_embeds")
-HELD_OUT, POINTS = 24, 10
+SAMPLES, HELD_OUT, PAIRS, POINTS = 256, 24, 64, 10
 
 Curve = list[tuple[int, float]]  # (step, held-out loss)
 Curves = dict[str, Curve]
@@ -98,7 +98,7 @@ def base_trainer(steps: int) -> Trainer:
 
 
 def base_curves(steps: int) -> Curves:
-    data, validation = clips(256), clips(HELD_OUT, "held out")
+    data, validation = clips(SAMPLES), clips(HELD_OUT, "held out")
     return {
         "trained": curve_of(base_trainer(steps), data, validation),
         "text of another sample": curve_of(
@@ -108,7 +108,7 @@ def base_curves(steps: int) -> Curves:
 
 
 def style_curves(base: dict[str, torch.Tensor], steps: int) -> Curves:
-    data, validation = WORLD.dataset(256), WORLD.dataset(HELD_OUT, "held out")
+    data, validation = WORLD.dataset(SAMPLES), WORLD.dataset(HELD_OUT, "held out")
 
     def run(dataset: MemoryDataset, frozen: bool = False) -> Curve:
         trainer = create_style_trainer(
@@ -129,7 +129,7 @@ def style_curves(base: dict[str, torch.Tensor], steps: int) -> Curves:
 
 
 def control_curves(base: dict[str, torch.Tensor], steps: int) -> Curves:
-    data, validation = clips(256), clips(HELD_OUT, "held out")
+    data, validation = clips(SAMPLES), clips(HELD_OUT, "held out")
 
     def run(dataset: MemoryDataset, frozen: bool = False) -> Curve:
         trainer = create_control_trainer(
@@ -155,13 +155,13 @@ def motion_curves(base: dict[str, torch.Tensor], steps: int) -> Curves:
             flow=dataclasses.replace(FLOW, drop_text=0.0),
         )  # fmt: skip
         trainer = create_motion_trainer(config, base, num_heads=2, null_text=WORLD.null_text)
-        return curve_of(trainer, clips(256, still=still), validation)
+        return curve_of(trainer, clips(SAMPLES, still=still), validation)
 
     return {"trained": run(True), "moving clips": run(False)}
 
 
 def projection_curves(loss: Any, steps: int) -> Curves:
-    data, validation = PAIR_WORLD.pairs(512), PAIR_WORLD.pairs(64, "held out")
+    data, validation = PAIR_WORLD.pairs(2 * SAMPLES), PAIR_WORLD.pairs(PAIRS, "held out")
     widths = {key: tuple(value.shape) for key, value in data[0].items()}
     projection = ProjectionConfig(loss=loss, num_negatives=8, hidden_width=64)
 
@@ -176,7 +176,7 @@ def all_curves(steps: int, base_steps: int) -> dict[str, Curves]:
     """Curves of each trainer; the base that the others start from has `base_steps` of training."""
     result = {"base": base_curves(steps)}
     trainer = base_trainer(base_steps)
-    curve = curve_of(trainer, clips(512), clips(HELD_OUT, "held out"))
+    curve = curve_of(trainer, clips(2 * SAMPLES), clips(HELD_OUT, "held out"))
     result["base, from which the others start"] = {"trained": curve}
     base = trainer.outputs()[0].tensors
     runs: dict[str, Callable[[], Curves]] = {

@@ -1,5 +1,6 @@
 """Shared fixtures: golden numbers of the released code."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden" / "stylemaster"
+
+
+def pytest_collection_finish():
+    """Every training run collects garbage when it ends: not among what the imports made, too."""
+    gc.collect()
+    gc.freeze()
 
 
 class Golden:

@@ -130,11 +130,16 @@ def load_sdxl_file(path: Path, *, dtype: torch.dtype, configs: Configs = SDXL) -
             ) from error
 
 
-def write_tokenizer(folder: Path, pad_token: str) -> None:
-    """Write CLIP's tokenizer as a folder, from the merges that come with this package."""
+def write_tokenizer(folder: Path, pad_token: str, *, merges: list[str] | None = None) -> int:
+    """Write CLIP's tokenizer as a folder, from the merges that come with this package.
+
+    Returns:
+        The number of its tokens, of which the last two begin and end a text.
+    """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    merges = lzma.decompress(MERGES.read_bytes()).decode().splitlines()
+    if merges is None:
+        merges = lzma.decompress(MERGES.read_bytes()).decode().splitlines()
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(f"{x}</w>" for x in letters)]
     tokens += [merge.replace(" ", "") for merge in merges]
@@ -152,6 +157,7 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return len(tokens)
 
 
 def _write_configs(folder: Path, configs: Configs) -> None:

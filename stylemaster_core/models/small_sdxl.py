@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ..weights.shapes import (
     StyleCrafterSizes,
     expected_stylecrafter_sdxl_shapes,
 )
+from .sdxl_file import END, write_tokenizer
 from .small import (
     CLIP_WIDTH,
     draw_weights,
@@ -118,17 +120,20 @@ def _pipeline(folder: Path, seed: int) -> Any:
         CLIPTokenizer,
     )
 
-    vocabulary = _vocabulary()
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    with tempfile.TemporaryDirectory() as tokens:
+        # Single bytes, and bytes that end a word. By files, as the arguments of its constructor
+        # changed with transformers 5.
+        count = write_tokenizer(Path(tokens) / "tokenizer", END, merges=[])
+        tokenizer: Any = CLIPTokenizer.from_pretrained(str(Path(tokens) / "tokenizer"))
     text = CLIPTextConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=count,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         projection_dim=POOLED_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=vocabulary["<|endoftext|>"],
+        bos_token_id=count - 2,
+        eos_token_id=count - 1,
     )
     scheduler: Any = EulerDiscreteScheduler(
         beta_start=0.00085,
@@ -155,12 +160,3 @@ def _drawn(module: Any, seed: int) -> Any:
     module.load_state_dict({key: value.to(torch.float32) for key, value in weights.items()})
     assert isinstance(module, nn.Module)
     return module.eval()
-
-
-def _vocabulary() -> dict[str, int]:
-    """CLIP's vocabulary without its merges: single bytes, and bytes that end a word."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
-    return {token: number for number, token in enumerate(tokens)}

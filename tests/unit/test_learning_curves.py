@@ -19,7 +19,9 @@ MARGINS = {  # of the loss at the end: below its start, and below every ablation
 }
 
 
-def test_it_writes_numbers_and_a_drawing(tmp_path, capsys):
+def test_it_writes_numbers_and_a_drawing(tmp_path, capsys, monkeypatch):
+    for name, few in {"SAMPLES": 16, "HELD_OUT": 3, "PAIRS": 9}.items():
+        monkeypatch.setattr(learning_curves, name, few)
     out = tmp_path / "curves.json"
     assert learning_curves.main(["--steps", "1", "--base-steps", "1", "--out", str(out)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.json", "curves.png"]
