@@ -39,7 +39,7 @@ unit: $(VENV)/.installed  ## everything that needs no ComfyUI
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/comfy -q -n 2 --dist loadfile
 
 # The lowest versions that pyproject.toml allows, and the newest, each in an environment of its own.
-# TORCH=torch takes the newest PyTorch, too.
+# TORCH=torch takes the newest PyTorch, too; docs/compatibility.md says what was run.
 TESTS ?= tests --ignore tests/comfy --ignore tests/unit/test_tiny_recipe.py
 test-lowest: VERSIONS := lowest-direct
 test-newest: VERSIONS := highest

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,18 @@ resource = pytest.importorskip("resource", reason="Windows limits no file sizes"
 NOISE = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), dtype=np.uint8)
 
 
-@pytest.fixture
-def small_disk():
-    """Files grow to 4,000 bytes; the system then refuses, as a full disk does."""
+@contextmanager
+def small_disk(size=4000):
+    """Files grow to some bytes; the system then refuses, as a full disk does.
+
+    No fixture: what pytest writes before and after a test may go to a file, too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder):
@@ -58,11 +64,11 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, small_disk, name):
+def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, name):
     path = tmp_path / name
     path.write_text("precious")
     said = rf"{name} cannot be written: .*[Ff]ile too"
-    with pytest.raises((DiskError, WeightsError), match=said) as caught:
+    with pytest.raises((DiskError, WeightsError), match=said) as caught, small_disk():
         WRITERS[name](path)
     assert isinstance(caught.value, DiskError) or isinstance(caught.value.__cause__, DiskError)
     assert path.read_text() == "precious"
@@ -217,13 +223,11 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path, monkeypatch):
     append_line(path, b"two")
     assert path.read_bytes() == b'one\n{"half\ntwo\n'
     before = path.read_bytes()
-    resource_before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, resource_before[1]))
-    try:
-        with pytest.raises(DiskError, match="lines.jsonl cannot be written"):
-            append_line(path, b"three and more")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, resource_before)
+    with (
+        pytest.raises(DiskError, match="lines.jsonl cannot be written"),
+        small_disk(len(before) + 5),
+    ):
+        append_line(path, b"three and more")
     assert path.read_bytes() == before
 
 
