@@ -34,15 +34,23 @@ from stylemaster_core.weights.convert import BASE_FORMAT, CUSTOM_BASE
 from stylemaster_core.weights.files import read_state_dict
 from stylemaster_core.weights.state_dict import diffusers_to_native
 
+from .pixel_loss import PixelLoss
+
 TOKEN_WIDTH = 128  # of style tokens; the release's are as wide as its text features
 
 
 class JointTrainer(GrayTileTrainer):
     """Flow matching of base, style branch and control, each condition dropped at random."""
 
-    def __init__(self, config: TrainConfig, transformer: Any, *parts: Any, **more: Any) -> None:
+    def __init__(
+        self, config: TrainConfig, transformer: Any, *parts: Any, loss: PixelLoss, **more: Any
+    ) -> None:
         super().__init__(config, transformer, *parts, **more)
         trainable(transformer)
+        self.loss = loss
+
+    def losses(self, velocity: Tensor, clean: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+        return self.loss(velocity - (noise - clean)) * weight
 
     def outputs(self) -> list[TrainedFile]:
         state = self.transformer.state_dict()
@@ -60,6 +68,7 @@ def create_joint_trainer(
     *,
     contrastive: StateDict,
     null_text: Tensor,
+    loss: PixelLoss,
 ) -> JointTrainer:
     """The trainer of a new model.
 
@@ -68,6 +77,7 @@ def create_joint_trainer(
         features: shapes of a sample.
         contrastive: file of the global projection's trainer.
         null_text: [L, Dt] features of the empty prompt.
+        loss: of the latents' VAE.
     """
     seed = config.run.seed
     weights = new_base_weights(config.base, seed)
@@ -87,7 +97,7 @@ def create_joint_trainer(
     control = copy_from_transformer(weights, stride=config.control.stride)
     network = load_gray_tile_controlnet(control, host=host)
     host.choose(list(network.control_blocks), 0)
-    return JointTrainer(config, transformer, network, projector, null_text=null_text)
+    return JointTrainer(config, transformer, network, projector, null_text=null_text, loss=loss)
 
 
 def continue_joint_trainer(
@@ -97,6 +107,7 @@ def continue_joint_trainer(
     *,
     contrastive: StateDict,
     null_text: Tensor,
+    loss: PixelLoss,
 ) -> JointTrainer:
     """The trainer of a model that exists.
 
@@ -106,6 +117,7 @@ def continue_joint_trainer(
         start: folder with `transformer`, `style_adapter` and `controlnet`, laid out as the shipped.
         contrastive: file of the global projection's trainer.
         null_text: [L, Dt] features of the empty prompt.
+        loss: of the latents' VAE.
 
     Raises:
         WeightsError: for files that are missing or do not belong together.
@@ -131,4 +143,4 @@ def continue_joint_trainer(
     host = CheckpointedHost()
     network = load_gray_tile_controlnet(control, host=host)
     host.choose(list(network.control_blocks), 0)
-    return JointTrainer(config, transformer, network, projector, null_text=null_text)
+    return JointTrainer(config, transformer, network, projector, null_text=null_text, loss=loss)

@@ -30,6 +30,7 @@ class Profile:
     validation: int = 16  # held-out styles
     lr: float = 1e-3  # of the joint training
     vae_lr: float = 1e-3
+    refiner_steps: int = 1500
     vae_pca_blocks: int = 400_000  # of pixels, that the PCA sees
     encoder_batch: int = 64  # styles
     teacher_pairs: int = 100  # with real pictures
@@ -59,6 +60,7 @@ PROFILES = {
         validation=6,
         lr=2e-3,
         vae_lr=4e-4,
+        refiner_steps=30,
         vae_pca_blocks=40_000,
         encoder_batch=16,
     ),
@@ -127,6 +129,7 @@ PROFILES = {
         stylecrafter_scales_styles=10_000,
         stylecrafter_scales_steps=1000,
         stylecrafter_video_steps=1000,
+        refiner_steps=10_000,
         teacher_pairs=20_000,
         teacher_vectors=20_000,
     ),

@@ -54,8 +54,10 @@ from .encoder_pool import draw_pool, load_or_draw_pool
 from .encoder_probe import probe_encoder
 from .joint import continue_joint_trainer, create_joint_trainer
 from .limit import TimeLimit, TimeOver, logged
+from .pixel_loss import PixelLoss
 from .profiles import Profile
 from .real_data import RealData
+from .refiner import mean_seam, train_refiner, write_refined
 from .samples import (
     PICTURES,
     REFERENCE_PX,
@@ -134,6 +136,7 @@ class Recipe:
         return {
             **real,
             "vae": self.vae,
+            "refiner": self.refiner,
             "encoder": lambda folder: self.encoder(folder, self.seed + 1),
             "judge": self.judge,
             "samples": self.samples,
@@ -296,14 +299,47 @@ class Recipe:
             self.profile.joint_batch,
             lr=self.profile.lr * (0.6 if self.start else 1),
             warmup_steps=min(100, self.profile.joint_steps // 10),
-            control=ControlConfig(style="train", drop_control=0.2),
+            control=ControlConfig(style="train", drop_control=0.15),
+            flow=FlowConfig(**self._flow() | {"shift": 4.0, "timesteps": "uniform"}),
         )
-        conditions: dict[str, Any] = {"contrastive": self._contrastive(), "null_text": null_text()}
+        vae = load_vae(self.out / "vae" / "vae.safetensors")
+        assert isinstance(vae, PatchVAE)
+        conditions: dict[str, Any] = {
+            "contrastive": self._contrastive(),
+            "null_text": null_text(),
+            "loss": PixelLoss(vae),
+        }
         if self.start is not None:
             trainer = continue_joint_trainer(config, _features(data), self.start, **conditions)
         else:
             trainer = create_joint_trainer(config, _features(data), **conditions)
         return self._train(trainer, data, held_out, folder)
+
+    def refiner(self, folder: Path) -> Outcome:
+        """The VAE's refiner, which takes the grid of blocks off what is decoded."""
+        pool = clip_pool(self.out, self.profile.vae_pool, self.seed)
+        if self.real:
+            pool = self.real.with_clips(pool)
+        source, target = self.out / "vae" / "vae.safetensors", folder / "vae.safetensors"
+        weights = train_refiner(
+            source,
+            pool,
+            steps=self.profile.refiner_steps,
+            batch=self.profile.vae_batch,
+            lr=self.profile.vae_lr,
+            seed=self.seed,
+            device=self.device,
+            limit=self.limit,
+            start=self.start and self.start / "vae.safetensors",
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_refined(target, weights, source)
+        clips = draw_clips(self.profile.validation, 128, seed=9, held_out=True)
+        before, after = (
+            mean_seam(create_patch_vae(read_state_dict(path).tensors, str(path)), clips)
+            for path in (source, target)
+        )
+        return Outcome("steps at borders over others, without and with it", before, after)
 
     def style(self, folder: Path) -> Outcome:
         """The paper's style modulation: only the style branch learns."""
@@ -459,16 +495,19 @@ class Recipe:
             warmup_steps=warmup_steps,
             ema_decay=0.99 if steps < 1000 else 0.998,
         )
-        flow = FlowConfig(
-            shift=3.0,
-            timesteps="logit_normal",
-            weighting="none",
-            same_noise=0.6 if self.real else 0.0,
-            text_length=TEXT_LENGTH,
-        )
+        sections.setdefault("flow", FlowConfig(**self._flow()))
         style = StyleConfig(drop_style=0.08, drop_both=0.05, num_layers=2)
-        config = TrainConfig(trainer, run, optimizer, flow, style, **sections)
+        config = TrainConfig(trainer, run, optimizer, style=style, **sections)
         return settle_precision(config, torch.device(self.device), folder)
+
+    def _flow(self) -> dict[str, Any]:
+        return {
+            "shift": 3.0,
+            "timesteps": "logit_normal",
+            "weighting": "none",
+            "same_noise": 0.6 if self.real else 0.0,
+            "text_length": TEXT_LENGTH,
+        }
 
     def _train(
         self, trainer: Trainer, data: TrainingData, held_out: TrainingData, folder: Path

@@ -26,7 +26,7 @@ def ship(out: Path, folder: Path) -> None:
         "style_adapter": "style/style_adapter",
         "controlnet": "control/controlnet",
         "motion_adapter": "motion/motion_adapter",
-        "vae": "vae/vae",
+        "vae": "refiner/vae",
         "stylecrafter_adapter": "stylecrafter-scales/stylecrafter_adapter",
         "stylecrafter_video_lora": "stylecrafter-video/stylecrafter_video_lora",
     }

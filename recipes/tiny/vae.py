@@ -19,10 +19,8 @@ from tqdm import tqdm
 
 from stylemaster_core.dtypes import autocast
 from stylemaster_core.errors import ConfigError, WeightsError
-from stylemaster_core.layouts import SPATIAL_STRIDE
 from stylemaster_core.models.patch_vae import (
     BLOCK_VALUES,
-    BorderSmoother,
     PatchVAE,
     create_patch_vae,
     save_patch_vae,
@@ -51,8 +49,6 @@ SHARES = (0.5, 0.25, 0.25)
 PLAIN_SHARE = 0.12  # of clips without a style: the content itself is encoded, too
 GRAY_SHARE = 0.08  # of clips that become gray and coarse, as the tiles of the control are
 NOISE_SHARE, NOISE_STD = 0.5, 0.1  # of the normalised latents in front of the decoder
-SMOOTHER_WIDTH = 128
-BORDER_WEIGHT = 0.1  # of the steps between blocks, which the eye sees as a grid
 POOL = {64: 4000, 128: 2000}  # side in pixels: clips
 PCA_BLOCKS = 400_000
 EMA_DECAY = 0.998
@@ -160,8 +156,8 @@ def train_vae(
         device: where to train.
         pool: of clips; without it one is kept beside `out`.
         limit: of this call.
-        start: a file of weights whose decoder and smoother are trained further; its encoder, and so
-            the latents, stay as they are.
+        start: a file of weights whose decoder is trained further; its encoder, and so the latents,
+            stay as they are, and its refiner is left out.
         pca_blocks: how many blocks of pixels the PCA sees.
 
     Returns:
@@ -181,11 +177,9 @@ def train_vae(
     if start is not None:
         vae = create_patch_vae(read_state_dict(start).tensors, str(start))
         vae.patch_decoder.requires_grad_(True)
-        if vae.patch_smoother is None:
-            vae.patch_smoother = BorderSmoother(SMOOTHER_WIDTH)
-        vae.patch_smoother.requires_grad_(True)
+        vae.patch_refiner = None
     else:
-        vae = PatchVAE(smoother_width=SMOOTHER_WIDTH)
+        vae = PatchVAE()
         if latest is None:
             vae.set_linear(*fit_pca(pool, seed, pca_blocks))
     vae.to(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -301,14 +295,9 @@ def _losses(vae: PatchVAE, video: Tensor, rng: np.random.Generator) -> tuple[Ten
             latents = latents + noise.to(latents.device)
         decoded = vae.to_video(latents).float()
     error = functional.mse_loss(decoded, video)
-    edges = borders = torch.zeros((), device=video.device)
-    for dim in (-1, -2):
-        steps = (decoded.diff(dim=dim) - video.diff(dim=dim)).abs().movedim(dim, -1)
-        edges = edges + steps.mean()
-        borders = borders + steps[..., SPATIAL_STRIDE - 1 :: SPATIAL_STRIDE].mean()
-    loss = 4 * error + 0.5 * functional.l1_loss(decoded, video) + 0.25 * edges
-    loss = loss + BORDER_WEIGHT * borders + 1e-3 * drift
-    return loss, error.item()
+    steps = [(decoded.diff(dim=dim) - video.diff(dim=dim)).abs().mean() for dim in (-1, -2)]
+    loss = 4 * error + 0.5 * functional.l1_loss(decoded, video) + 0.25 * sum(steps)
+    return loss + 1e-3 * drift, error.item()
 
 
 def _db(error: float) -> float:

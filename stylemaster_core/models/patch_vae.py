@@ -27,6 +27,8 @@ from ..weights.state_dict import check_keys, describe_kind, detect_kind, shapes_
 
 FORMAT = "stylemaster_patch_vae"
 BLOCK_VALUES = TEMPORAL_STRIDE * 3 * SPATIAL_STRIDE**2
+REFINED_SIDE = 4  # pixels of a square of the refiner
+SQUARES = 2 * SPATIAL_STRIDE // REFINED_SIDE  # of these along a token's side
 
 
 class PatchVAE(nn.Module):
@@ -39,7 +41,7 @@ class PatchVAE(nn.Module):
         decoder_width: channels of the decoder's.
         encoder_depth: its residual blocks.
         decoder_depth: the decoder's.
-        smoother_width: channels of the network that smooths the borders of blocks; 0: none.
+        refiner_width: channels of the network that refines what was decoded; 0: none.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class PatchVAE(nn.Module):
         decoder_width: int = 192,
         encoder_depth: int = 1,
         decoder_depth: int = 3,
-        smoother_width: int = 0,
+        refiner_width: int = 0,
     ) -> None:
         super().__init__()
         self.patch_encoder = _LinearPlusResidual(
@@ -58,7 +60,7 @@ class PatchVAE(nn.Module):
         self.patch_decoder = _LinearPlusResidual(
             LATENT_CHANNELS, BLOCK_VALUES, decoder_width, decoder_depth
         )
-        self.patch_smoother = BorderSmoother(smoother_width) if smoother_width else None
+        self.patch_refiner = PixelRefiner(refiner_width) if refiner_width else None
 
     @property
     def device(self) -> torch.device:
@@ -109,12 +111,12 @@ class PatchVAE(nn.Module):
         """`decode` with gradients, and without checks and limits."""
         maps = rearrange(latents, "b c t h w -> (b t) c h w")
         video = blocks_to_video(self.patch_decoder(maps, len(latents)), len(latents))
-        if self.patch_smoother is None:
+        if self.patch_refiner is None:
             return video
         if torch.is_grad_enabled():
-            return self.patch_smoother(video)
+            return self.patch_refiner(video)
         for part in video.split(TEMPORAL_STRIDE, dim=2):  # in place: a long video is large
-            part.copy_(self.patch_smoother(part))
+            part.copy_(self.patch_refiner(part))
         return video
 
     @torch.no_grad()
@@ -192,8 +194,10 @@ class _ResidualBlock(nn.Module):
         return hidden + self.conv2(functional.silu(self.conv1(active) + past))
 
 
-class BorderSmoother(nn.Module):
-    """Residual network on blocks that are shifted by half a block, so that borders are inside.
+class PixelRefiner(nn.Module):
+    """Residual network on squares of 4 x 4 pixels, which is told where in a token each one lies.
+
+    So it can smooth the borders of the VAE's blocks, and of the tokens of the transformer.
 
     Args:
         width: of its layers.
@@ -201,24 +205,35 @@ class BorderSmoother(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        values = 3 * SPATIAL_STRIDE**2
-        self.conv_in = nn.Conv2d(values, width, 1)
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_out = nn.Conv2d(width, values, 1)
+        values = 3 * REFINED_SIDE**2
+        self.conv_in = nn.Conv2d(values + 2 * SQUARES, width, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.conv_out = nn.Conv2d(width, values, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(_bias(self.conv_out))
 
     def forward(self, video: Tensor) -> Tensor:
         """[B, 3, T, 8h, 8w] -> the same shape; each frame on its own."""
-        half = SPATIAL_STRIDE // 2
-        frames = functional.pad(video.transpose(1, 2).flatten(0, 1), [half] * 4, mode="replicate")
-        blocks = functional.pixel_unshuffle(frames, SPATIAL_STRIDE)
-        blocks = blocks.contiguous(memory_format=torch.channels_last)
-        hidden = functional.silu(self.conv_in(blocks))
-        hidden = functional.silu(self.conv(hidden))
-        frames = frames + functional.pixel_shuffle(self.conv_out(hidden), SPATIAL_STRIDE)
-        frames = frames[..., half:-half, half:-half]
+        frames = video.transpose(1, 2).flatten(0, 1)
+        squares = functional.pixel_unshuffle(frames, REFINED_SIDE)
+        squares = torch.cat([squares, _places(squares)], dim=1)
+        hidden = functional.silu(
+            self.conv_in(squares.contiguous(memory_format=torch.channels_last))
+        )
+        for conv in self.convs:
+            hidden = hidden + conv(functional.silu(hidden))
+        change = self.conv_out(functional.silu(hidden))
+        frames = frames + functional.pixel_shuffle(change, REFINED_SIDE)
         return frames.unflatten(0, (len(video), -1)).transpose(1, 2)
+
+
+def _places(squares: Tensor) -> Tensor:
+    """Row and column of each square in its token, one-hot: [B, C, h, w] -> [B, 8, h, w]."""
+    batch, _, height, width = squares.shape
+    one_hot = torch.eye(SQUARES, device=squares.device, dtype=squares.dtype)
+    rows = one_hot[:, torch.arange(height) % SQUARES, None].expand(-1, -1, width)
+    columns = one_hot[:, None, torch.arange(width) % SQUARES].expand(-1, height, -1)
+    return torch.cat([rows, columns]).expand(batch, -1, -1, -1)
 
 
 def video_to_blocks(video: Tensor) -> Tensor:
@@ -281,7 +296,7 @@ def create_patch_vae(weights: Mapping[str, Tensor], what: str) -> PatchVAE:
         width = shapes.get(f"patch_{side}.conv_in.weight", (1,))[0]
         numbers = {key.removeprefix(prefix).split(".")[0] for key in shapes if prefix in key}
         sizes |= {f"{side}_width": width, f"{side}_depth": len(numbers)}
-    sizes["smoother_width"] = shapes.get("patch_smoother.conv_in.weight", (0,))[0]
+    sizes["refiner_width"] = shapes.get("patch_refiner.conv_in.weight", (0,))[0]
     with torch.device("meta"):
         vae = PatchVAE(**sizes)
     check_keys(shapes, shapes_of(vae.state_dict()), f"the VAE {what}")

@@ -131,28 +131,32 @@ def test_a_saved_file_loads_as_any_vae(vae, video, tmp_path):
         load_vae(path, tiling="maybe")  # pyright: ignore[reportArgumentType]
 
 
-def test_the_smoother_works_across_the_borders_of_blocks(video, tmp_path):
+def test_the_refiner_sees_across_blocks_and_where_it_is_in_a_token(video, tmp_path):
     torch.manual_seed(0)
     plain = PatchVAE()
-    smooth = PatchVAE(smoother_width=8)
-    smooth.load_state_dict(plain.state_dict(), strict=False)
+    refined = PatchVAE(refiner_width=8)
+    refined.load_state_dict(plain.state_dict(), strict=False)
     latents = plain.encode(video)
     decoded = plain.decode(latents)
-    assert torch.equal(smooth.decode(latents), decoded), "it begins as nothing"
-    smoother = smooth.patch_smoother
-    assert smoother is not None
-    torch.nn.init.normal_(smoother.conv_out.weight, std=0.1)
-    changed = smooth.decode(latents)
+    assert torch.equal(refined.decode(latents), decoded), "it begins as nothing"
+    refiner = refined.patch_refiner
+    assert refiner is not None
+    torch.nn.init.normal_(refiner.conv_out.weight, std=0.1)
+    changed = refined.decode(latents)
     assert changed.shape == decoded.shape and not torch.allclose(changed, decoded, atol=1e-2)
     # Each frame on its own, and what a pixel becomes depends on the block beside it.
-    assert torch.allclose(smoother(decoded)[:, :, 2:3], smoother(decoded[:, :, 2:3]), atol=1e-6)
+    assert torch.allclose(refiner(decoded)[:, :, 2:3], refiner(decoded[:, :, 2:3]), atol=1e-6)
     other = decoded.clone()
     other[..., 8:] += 0.5
-    moved = (smoother(other) - smoother(decoded)).abs().amax((0, 1, 2, 3))
+    moved = (refiner(other) - refiner(decoded)).abs().amax((0, 1, 2, 3))
     assert moved[7] > 1e-3
-    path = save_patch_vae(tmp_path / "vae.safetensors", smooth)
+    # A gray picture is changed alike in every token, but not in every square of it.
+    change = refiner(torch.zeros(1, 3, 1, 80, 80))[..., 16:64, 16:64]
+    assert torch.allclose(change[..., :16, :16], change[..., 16:32, 16:32], atol=1e-6)
+    assert not torch.allclose(change[..., :4, :4], change[..., 4:8, 4:8], atol=1e-3)
+    path = save_patch_vae(tmp_path / "vae.safetensors", refined)
     loaded = load_vae(path).to_video(latents)
-    torch.testing.assert_close(loaded, smooth.to_video(latents), atol=0.05, rtol=0)
+    torch.testing.assert_close(loaded, refined.to_video(latents), atol=0.05, rtol=0)
 
 
 def test_loading_needs_no_host(vae, tmp_path, monkeypatch):
