@@ -231,9 +231,9 @@ def test_training_goes_on_from_weights_that_exist(standin, tmp_path, monkeypatch
         control=recipe.ControlConfig(style="train"),
         style=recipe.StyleConfig(num_layers=2),
     )
-    trainer = continue_joint_trainer(
-        config, features, standin, contrastive=weights, null_text=recipe.null_text()
-    )
+    conditions = {"contrastive": weights, "null_text": recipe.null_text()}
+    loss = recipe.PixelLoss(recipe.PatchVAE())
+    trainer = continue_joint_trainer(config, features, standin, **conditions, loss=loss)
     written = {file.name: file.tensors for file in trainer.outputs()}
     for name in ("transformer", "controlnet", "style_adapter"):
         expected = read_state_dict(standin / f"{name}.safetensors").tensors
