@@ -97,9 +97,9 @@ def _benchmarks(
     reports: Report = {}
     failed = []
     for name, options in variants.items():
-        chosen = [*TOY, *toy] if args.toy else options
         if args.toy and name != "eager":
             continue
+        chosen = [*TOY, *toy] if args.toy else options
         parsed = bench.parse_arguments(["--device", args.device, *chosen])
         try:
             reports[name] = bench.benchmark(parsed)

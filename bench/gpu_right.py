@@ -40,6 +40,8 @@ from stylemaster_core.training.style_modulation import create_style_trainer
 from stylemaster_core.training.synthetic import SyntheticWorld
 from stylemaster_core.weights.state_dict import diffusers_to_native
 
+from .generate import dtype_name
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUM_STEPS = 4
 ALLOWED = 1.05  # error of the optimised path over that of three plain passes
@@ -194,7 +196,7 @@ def _guided_steps(device: torch.device, *, seeds: int) -> Checks:
             plain = _plain(there, moved, controlled=controlled)
             errors.append((_error(ours, reference), _error(plain, reference)))
         ours_rms, plain_rms = np.sqrt(np.square(errors).mean(0)).tolist()
-        name = f"guided steps, {'with' if controlled else 'without'} control, {_name(dtype)}"
+        name = f"guided steps, {'with' if controlled else 'without'} control, {dtype_name(dtype)}"
         bound = ALLOWED * plain_rms
         rows.append(_row(name, ours_rms, bound, ours_rms <= bound, "relative error"))
     return rows
@@ -277,7 +279,3 @@ class _Stopping(MemoryDataset):
         if self.read == 4:
             self.stop.touch()
         return super().__getitem__(index)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

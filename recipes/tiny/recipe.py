@@ -322,6 +322,7 @@ class Recipe:
             pool = self.real.with_clips(pool)
         source, target = self.out / "vae" / "vae.safetensors", folder / "vae.safetensors"
         weights = train_refiner(
+            folder / "checkpoints",
             source,
             pool,
             steps=self.profile.refiner_steps,

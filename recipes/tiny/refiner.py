@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from stylemaster_core.layouts import SPATIAL_STRIDE, frames_to_video, video_to_frames
 from stylemaster_core.models.patch_vae import PatchVAE, PixelRefiner, create_patch_vae
+from stylemaster_core.training.checkpoint import latest_checkpoint
 from stylemaster_core.training.ema import MovingAverage
 from stylemaster_core.weights.files import read_state_dict, write_state_dict
 
 from .judges import seam
-from .limit import TimeLimit
-from .vae import NOISE_SHARE, NOISE_STD, ClipPool
+from .limit import TimeLimit, TimeOver
+from .vae import NOISE_SHARE, NOISE_STD, ClipPool, resume_step, save_step, set_rate
 
 logger = logging.getLogger("stylemaster")
 
@@ -36,6 +37,7 @@ LOG_STEPS = 250
 
 
 def train_refiner(
+    folder: Path,
     vae_file: Path,
     pool: ClipPool,
     *,
@@ -47,9 +49,10 @@ def train_refiner(
     limit: TimeLimit | None = None,
     start: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Train a refiner.
+    """Train a refiner; an interrupted run goes on from its checkpoint.
 
     Args:
+        folder: of the checkpoints.
         vae_file: of the VAE.
         pool: of clips.
         steps: optimiser steps.
@@ -64,7 +67,7 @@ def train_refiner(
         weights of the VAE with its refiner, the moving average.
 
     Raises:
-        TimeOver: when the limit is reached.
+        TimeOver: when the limit is reached; a checkpoint is written before.
     """
     torch.manual_seed(seed)
     vae = create_patch_vae(read_state_dict(vae_file).tensors, str(vae_file)).to(device)
@@ -74,11 +77,13 @@ def train_refiner(
     parameters = dict(refiner.requires_grad_(True).named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
     average = MovingAverage(parameters, 0.998)
-    for step in tqdm(range(steps), desc="refiner", disable=None):
-        if limit is not None:
-            limit.check()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 100, 1) * 0.5 * (1 + np.cos(np.pi * step / steps))
+    latest = latest_checkpoint(folder)
+    first = 0 if latest is None else resume_step(latest, refiner, optimizer, average)[0]
+    for step in tqdm(range(first, steps), desc="refiner", disable=None):
+        if limit is not None and limit.left_s <= 0:
+            save_step(folder, step, 0.0, refiner, optimizer, average)
+            raise TimeOver
+        set_rate(optimizer, lr, step, step / steps)
         rng = np.random.default_rng([seed, 4, step])
         size, frames, count = SIZES[rng.choice(len(SIZES), p=SHARES)]
         video = pool.batch(rng, size, frames, batch * count).to(device)
@@ -95,6 +100,7 @@ def train_refiner(
         optimizer.step()
         average.update(step)
         if (step + 1) % LOG_STEPS == 0:
+            save_step(folder, step + 1, 0.0, refiner, optimizer, average)
             logger.info("refiner, step %d: loss %.4f", step + 1, loss.item())
     with average.applied():
         vae.patch_refiner = refiner

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -188,7 +188,7 @@ def train_vae(
     average = MovingAverage(parameters, EMA_DECAY)
     step, spent = 0, 0.0
     if latest is not None:
-        step, spent = _resume(latest, vae, optimizer, average)
+        step, spent = resume_step(latest, vae, optimizer, average)
     began = time.monotonic() - spent
     bar = tqdm(total=1000, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", disable=None)
     while True:
@@ -197,9 +197,7 @@ def train_vae(
         bar.update(int(min(done, 1) * 1000) - bar.n)
         if done >= 1:
             break
-        rate = lr * min((step + 1) / 100, 1.0) * 0.5 * (1 + np.cos(np.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(optimizer, lr, step, done)
         rng = np.random.default_rng([seed, 2, step])
         size, frames, count = SIZES[rng.choice(len(SIZES), p=SHARES)]
         video = pool.batch(rng, size, frames, batch * count).to(device)
@@ -219,11 +217,11 @@ def train_vae(
             logger.info("step %d, %.0f s, %.2f dB at 64 px", step, spent, value)
         over = limit is not None and limit.left_s <= 0
         if step % CHECKPOINT_STEPS == 0 or over:
-            _save(folder, step, spent, vae, optimizer, average)
+            save_step(folder, step, spent, vae, optimizer, average)
         if over:
             raise TimeOver
     bar.close()
-    _save(folder, step, spent, vae, optimizer, average)
+    save_step(folder, step, spent, vae, optimizer, average)
     with average.applied():
         final = create_patch_vae(to_cpu(vae.state_dict()), "the trained VAE")
     if start is None:
@@ -313,33 +311,40 @@ def _coarse_gray(clip: np.ndarray, factor: int) -> np.ndarray:
     return np.repeat(gray[..., None], 3, -1)
 
 
-def _save(
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, step: int, done: float) -> None:
+    """The rate of a step: it rises over 100 steps, and falls to 0 as a cosine of the share done."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min((step + 1) / 100, 1.0) * 0.5 * (1 + np.cos(np.pi * done))
+
+
+def save_step(
     folder: Path,
     step: int,
     spent: float,
-    vae: PatchVAE,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: MovingAverage,
 ) -> None:
+    """Write what `resume_step` goes on from."""
     checkpoint = Checkpoint(
         step=step,
         trainer="patch_vae",
         config={"spent_s": spent},
         hashes={},
         num_processes=1,
-        weights=to_cpu(vae.state_dict()),
+        weights=to_cpu(network.state_dict()),
         optimizer=optimizer.state_dict(),
         average=to_cpu(average.average),
     )
     write_checkpoint(folder, checkpoint, keep=1)
 
 
-def _resume(
-    latest: Path, vae: PatchVAE, optimizer: torch.optim.Optimizer, average: MovingAverage
+def resume_step(
+    latest: Path, network: nn.Module, optimizer: torch.optim.Optimizer, average: MovingAverage
 ) -> tuple[int, float]:
     """Go on from a checkpoint; steps and seconds done."""
     checkpoint = read_checkpoint(latest)
-    vae.load_state_dict(checkpoint.weights)
+    network.load_state_dict(checkpoint.weights)
     optimizer.load_state_dict(checkpoint.optimizer)
     average.load(checkpoint.average or {})
     return checkpoint.step, checkpoint.config["spent_s"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from recipes.tiny import refiner
+from recipes.tiny.limit import TimeOver
 from recipes.tiny.pixel_loss import PixelLoss
 from recipes.tiny.vae import ClipPool, fit_pca
 from stylemaster_core.models.patch_vae import (
@@ -69,15 +70,31 @@ def test_seam_ratios():
     assert torch.allclose(refiner.seam_ratios(steps), torch.tensor([5 / 3, 3.0]), atol=5e-3)
 
 
+class Limit:
+    """Time for so many steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    @property
+    def left_s(self):
+        self.steps -= 1
+        return self.steps
+
+
 def test_the_refiner_takes_the_seams_off(vae, pool, tmp_path, monkeypatch):
     monkeypatch.setattr(refiner, "WIDTH", 16)
     monkeypatch.setattr(refiner, "SIZES", ((64, 1, 4),) * 4)
     path = save_patch_vae(tmp_path / "vae.safetensors", vae)
 
-    def trained(**options):
-        return refiner.train_refiner(path, pool, steps=15, batch=1, lr=3e-3, seed=0, **options)
+    def trained(name, **options):
+        options = {"steps": 15, "batch": 1, "lr": 3e-3, "seed": 0} | options
+        return refiner.train_refiner(tmp_path / name, path, pool, **options)
 
-    weights, again = trained(), trained()
+    weights = trained("a")
+    with pytest.raises(TimeOver):
+        trained("b", limit=Limit(6))
+    again = trained("b")  # goes on where it stopped
     assert all(torch.equal(value, again[key]) for key, value in weights.items())
     target = tmp_path / "refined.safetensors"
     refiner.write_refined(target, weights, path)
@@ -87,6 +104,6 @@ def test_the_refiner_takes_the_seams_off(vae, pool, tmp_path, monkeypatch):
     clips = pool.clips[128][:2, :1]
     before, after = (refiner.mean_seam(one, clips) for one in (plain, refined))
     assert after < 0.98 * before
-    more = trained(start=target)
+    more = trained("c", start=target)
     kept = "patch_refiner.conv_in.bias"
     assert not torch.equal(more[kept], weights[kept]), "goes on from the refiner that is there"
