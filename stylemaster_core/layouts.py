@@ -98,14 +98,18 @@ def video_to_frames(video: Tensor) -> np.ndarray:
         raise LayoutError(
             f"the video has shape {list(video.shape)}; expected [1, 3, frames, height, width]"
         )
-    video = video.detach().float()
+    video = video.detach()
     if not torch.isfinite(video).all():
         raise LayoutError(
             "the video holds NaN or infinity; the model diverged: try float32, a lower guidance "
             "scale or adapter strength"
         )
-    levels = video.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-    return rearrange(levels, "1 c t h w -> t h w c").contiguous().cpu().numpy()
+    # Frame by frame, as a second copy in float32 of a long video is large.
+    frames = [
+        frame.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        for frame in rearrange(video, "1 c t h w -> t h w c").unbind()
+    ]
+    return torch.stack(frames).cpu().numpy()
 
 
 def latent_shape(num_frames: int, height: int, width: int) -> LatentShape:

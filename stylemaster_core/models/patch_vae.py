@@ -100,7 +100,7 @@ class PatchVAE(nn.Module):
             LayoutError: for another shape, or NaN or infinity.
         """
         check_latents(latents)
-        return self.to_video(latents.to(self.device, self.dtype)).float().clamp(-1, 1)
+        return self.to_video(latents.to(self.device, self.dtype)).float().clamp_(-1, 1)
 
     def to_latents(self, video: Tensor) -> Tensor:
         """`encode` with gradients and without checks."""
@@ -110,6 +110,7 @@ class PatchVAE(nn.Module):
     def to_video(self, latents: Tensor) -> Tensor:
         """`decode` with gradients, and without checks and limits."""
         maps = rearrange(latents, "b c t h w -> (b t) c h w")
+        maps = maps.contiguous(memory_format=torch.channels_last)  # else each result is copied
         video = blocks_to_video(self.patch_decoder(maps, len(latents)), len(latents))
         if self.patch_refiner is None:
             return video
@@ -175,7 +176,8 @@ class _LinearPlusResidual(nn.Module):
         hidden = self.conv_in(maps)
         for block in self.blocks:
             hidden = block(hidden, batch)
-        return self.linear(maps) + self.conv_out(functional.silu(hidden))
+        # In place, as blocks of pixels are large.
+        return self.linear(maps).add_(self.conv_out(functional.silu(hidden)))
 
 
 class _ResidualBlock(nn.Module):
