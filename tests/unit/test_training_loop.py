@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from stylemaster_core.training.config import (
     TrainConfig,
 )
 from stylemaster_core.training.gray_tile_controlnet import create_control_trainer
-from stylemaster_core.training.loop import NonFiniteError, train
+from stylemaster_core.training.loop import NonFiniteError, _Loop, train
 from stylemaster_core.training.motion_adapter import create_motion_trainer
 from stylemaster_core.training.optimizer import create_optimizer, learning_rate
 from stylemaster_core.training.previews import References, write_preview
@@ -45,6 +44,7 @@ from stylemaster_core.training.style_modulation import create_style_trainer
 from stylemaster_core.training.synthetic import SyntheticWorld
 from stylemaster_core.weights.files import read_state_dict
 from stylemaster_core.weights.shapes import WanSizes, expected_base_shapes
+from tests.forked import fork, fork_distributed
 
 SIZES = WanSizes(width=24, ffn_width=32, num_blocks=2, text_width=10, freq_width=8)
 WORLD = SyntheticWorld()
@@ -278,17 +278,6 @@ def test_old_checkpoints_go_and_the_latest_stays(tmp_path):
     assert names == ["step-00000005", "step-00000006"]
 
 
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-import test_training_loop as t
-config = t.with_run(num_steps=100000, save_every=1, validate_every=0, keep_checkpoints=2)
-t.train(t.style_trainer(config), t.WORLD.dataset(12), sys.argv[1], resume=True)
-"""
-
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -307,35 +296,30 @@ def no_child_stays():
     yield
     for child in CHILDREN:
         child.kill()
-        child.wait()
+        child.join()
     CHILDREN.clear()
 
 
-def run_child(code, *arguments, **options):
-    tests = os.path.dirname(__file__)
-    child = subprocess.Popen(
-        [sys.executable, "-c", code.format(tests=tests), *map(str, arguments)],
-        env=child_environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
+def train_for_ever(folder, **changes):
+    changes = {"num_steps": 100000, "save_every": 1, "validate_every": 0} | changes
+    config = with_run(keep_checkpoints=2, **changes)
+    train(style_trainer(config), WORLD.dataset(12), folder, resume=True)
+
+
+def train_to_the_signal(folder, num_workers=0):
+    train_for_ever(folder, save_every=100000, num_workers=num_workers)
+
+
+def fork_training(function, *arguments, **options):
+    child = fork(function, *arguments, **options)
     CHILDREN.append(child)
     return child
 
 
-def train_for_ever(folder):
-    torch.set_num_threads(1)
-    config = with_run(num_steps=100000, save_every=1, validate_every=0, keep_checkpoints=2)
-    train(style_trainer(config), WORLD.dataset(12), folder, resume=True)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no SIGKILL")
 def test_sigkill_leaves_whole_files_and_loses_at_most_the_last_step(tmp_path):
     folder, reached = tmp_path / "checkpoints", 0
     for delay in (0.0, 0.017):
-        # Forked, as a process of its own would import everything first.
-        child = multiprocessing.get_context("fork").Process(
-            target=train_for_ever, args=(tmp_path,), daemon=True
-        )
-        child.start()
+        child = fork_training(train_for_ever, tmp_path)
         target = reached + 4
         deadline = time.monotonic() + HANG_S
         while _last_step(tmp_path) < target and child.is_alive():
@@ -370,77 +354,80 @@ def _last_step(folder):
 def wait_for_steps(folder, count, child):
     deadline = time.monotonic() + HANG_S
     while len(read_stats(folder)) < count:
-        assert time.monotonic() < deadline and child.poll() is None
+        assert time.monotonic() < deadline and child.is_alive()
         time.sleep(0.01)
 
 
 def test_sigterm_to_the_whole_group_leaves_a_checkpoint(tmp_path):
     """As `timeout`, scancel and systemd send it: to the processes that read samples, too."""
-    code = CHILD.replace("save_every=1,", "save_every=100000, num_workers=2,")
-    child = run_child(code, tmp_path, start_new_session=True)
+    said = tmp_path / "said"
+    child = fork_training(train_to_the_signal, tmp_path, 2, said=said, own_group=True)
     wait_for_steps(tmp_path, 3, child)
     os.killpg(child.pid, signal.SIGTERM)
-    said = child.communicate(timeout=HANG_S)[1]
-    assert child.returncode == 0 and "Traceback" not in said, said
+    child.join(HANG_S)
+    assert child.exitcode == 0 and "Traceback" not in said.read_text(), said.read_text()
     latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoints.read_checkpoint(latest).step == read_stats(tmp_path)[-1]["step"] >= 3
 
 
-KILLS_A_READER = """
-import os, signal, time
-from pathlib import Path
-from stylemaster_core.training import loop
-check = loop._Loop._check_finite
-def kills(self, step, *arguments):
-    if step == 3:  # in the middle of a step, not while it waits for samples
-        pid = os.getpid()
-        children = Path("/proc/%d/task/%d/children" % (pid, pid)).read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
-        time.sleep(0.5)
-    return check(self, step, *arguments)
-loop._Loop._check_finite = kills
-"""
+def train_and_kill_a_reader(folder):
+    check = _Loop._check_finite
+
+    def kills(self, step, *arguments):
+        if step == 3:  # in the middle of a step, not while it waits for samples
+            pid = os.getpid()
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+            time.sleep(0.5)
+        return check(self, step, *arguments)
+
+    _Loop._check_finite = kills  # in this process alone
+    train_to_the_signal(folder, 1)
+    print("not reached", file=sys.stderr)
 
 
 def test_a_killed_reader_of_samples_is_named_and_the_steps_are_kept(tmp_path):
-    code = CHILD.replace("save_every=1,", "save_every=100000, num_workers=1,")
-    first, last = code.split("config = ", 1)
-    code = f"{first}{KILLS_A_READER}config = {last}\nprint('not reached', file=sys.stderr)\n"
-    said = run_child(code, tmp_path).communicate(timeout=HANG_S)[1]
+    file = tmp_path / "said"
+    child = fork_training(train_and_kill_a_reader, tmp_path, said=file)
+    child.join(HANG_S)
+    said = file.read_text()
+    assert child.exitcode == 1
     assert "WorkerLostError" in said and "run.num_workers" in said and "not reached" not in said
     latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoints.read_checkpoint(latest).step == read_stats(tmp_path)[-1]["step"] >= 3
 
 
+WATCHES = """
+import sys
+from stylemaster_core.cli.stop_with_stdin import stop_with_stdin
+stop_with_stdin()
+from tests.unit.test_training_loop import torch, train_to_the_signal
+torch.set_num_threads(1)
+train_to_the_signal(sys.argv[1])
+"""
+
+
+def start_training_and_wait(folder):
+    child = subprocess.Popen(
+        [sys.executable, "-c", WATCHES, str(folder)],
+        env=child_environment(), cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    (folder / "pid").write_text(str(child.pid))
+    time.sleep(2 * HANG_S)
+
+
 def test_training_ends_with_the_process_that_started_it(tmp_path):
     """A killed ComfyUI tells nobody anything; the pipe to its child closes."""
-    watching = "from stylemaster_core.cli.stop_with_stdin import stop_with_stdin as s\ns()\n"
-    code = (watching + CHILD).replace("save_every=1,", "save_every=100000,")
-    tests = os.path.dirname(__file__)
-    parent = subprocess.Popen(
-        [
-            sys.executable, "-c",
-            "import subprocess, sys, time\n"
-            "c = subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]], "
-            "stdin=subprocess.PIPE, start_new_session=True)\nprint(c.pid, flush=True)\n"
-            "time.sleep(600)",
-            code.format(tests=tests), str(tmp_path),
-        ],
-        env=child_environment(), stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    CHILDREN.append(parent)
-    child = int(parent.stdout.readline())
+    parent = fork_training(start_training_and_wait, tmp_path)
     try:
         wait_for_steps(tmp_path, 3, parent)
         parent.kill()
-        parent.wait()
-        parent.stdout.close()
         deadline = time.monotonic() + HANG_S
         while is_running(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     except BaseException:
-        os.kill(child, signal.SIGKILL)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
         raise
     latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoints.read_checkpoint(latest).step == read_stats(tmp_path)[-1]["step"] >= 3
@@ -489,17 +476,13 @@ def test_a_checkpoint_with_nan_names_its_file(tmp_path):
 
 
 def test_sigterm_ends_with_a_checkpoint(tmp_path):
-    code = CHILD.replace("save_every=1,", "save_every=100000,")
-    child = run_child(code, tmp_path)
-    deadline = time.monotonic() + HANG_S
-    while len(read_stats(tmp_path)) < 3:
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.01)
+    child = fork_training(train_to_the_signal, tmp_path)
+    wait_for_steps(tmp_path, 3, child)
     child.terminate()
     time.sleep(0.005)
     child.terminate()  # launchers pass on what the terminal has sent already
-    assert child.wait(HANG_S) == 0
-    child.stderr.close()
+    child.join(HANG_S)
+    assert child.exitcode == 0
     latest = checkpoints.latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoints.read_checkpoint(latest).step == read_stats(tmp_path)[-1]["step"] >= 3
     assert (tmp_path / "style_adapter.safetensors").is_file()
@@ -507,30 +490,14 @@ def test_sigterm_ends_with_a_checkpoint(tmp_path):
 
 # ---- processes ----
 
-WORKER = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-import test_training_loop as t
-config = t.with_run(num_steps=6, batch_size=2, accumulation=2, save_every=100)
-t.train(t.style_trainer(config), t.WORLD.dataset(12), sys.argv[1], cpu=True)
-"""
+
+def train_in_a_group(folder):
+    config = with_run(num_steps=6, batch_size=2, accumulation=2, save_every=100)
+    train(style_trainer(config), WORLD.dataset(12), folder, cpu=True)
 
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
-    script = tmp_path / "worker.py"
-    tests = os.path.dirname(__file__)
-    root = os.path.dirname(os.path.dirname(tests))
-    script.write_text(WORKER.format(tests=tests))
-    # On CPUs accelerate's own launcher wants MPI; torch's sets the same variables.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node", "2", str(script), str(tmp_path / "two")]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True, timeout=HANG_S
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    fork_distributed(2, train_in_a_group, tmp_path / "two", folder=tmp_path, deadline_s=HANG_S)
     config = with_run(num_steps=6, batch_size=4, accumulation=2, save_every=100)
     train(style_trainer(config), WORLD.dataset(12), tmp_path / "one")
     two, one = comparable(tmp_path / "two"), comparable(tmp_path / "one")

@@ -1,14 +1,13 @@
-"""FSDP and DeepSpeed through accelerate's own launcher and config, on two CPU processes."""
+"""FSDP and DeepSpeed through accelerate's own config, on two CPU processes."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from accelerate.state import AcceleratorState
+import torch
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from stylemaster_core.cli.train import _check_launch
 from stylemaster_core.errors import ConfigError, UnsupportedHostError
@@ -17,6 +16,7 @@ from stylemaster_core.training.gray_tile_controlnet import create_control_traine
 from stylemaster_core.training.loop import train
 from stylemaster_core.training.sharding import prepare_sharding
 from stylemaster_core.weights.files import read_state_dict
+from tests.forked import fork_distributed
 from tests.unit import test_training_loop as loop
 
 # bfloat16 is as near as its rounding lets Adam stay.
@@ -42,26 +42,7 @@ num_machines: 1
 num_processes: 2
 deepspeed_config: {zero_stage: 2}
 """
-# accelerate shards over accelerators alone; with `cpu` it falls back to plain data parallelism.
-# Two lines let it take the CPU for one, all else is its own. To import everything takes longer than
-# to train, so that one launch does several runs, which share the process group.
-WORKER = """
-import sys
-import torch
-from accelerate.state import AcceleratorState, DistributedType, PartialState
-torch.set_num_threads(1)
-PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-from tests.unit import test_training_sharding as t
-folder, *runs = sys.argv[1:]
-destroy = PartialState.destroy_process_group
-for number, run in enumerate(runs, 1):
-    last = number == len(runs)
-    PartialState.destroy_process_group = destroy if last else lambda *args, **kwargs: None
-    name, precision, steps = run.split(",")
-    t.run(name, f"{folder}/{name}", precision, int(steps), batch_size=2, resume=True)
-    AcceleratorState._reset_state(True)
-"""
+RUN, RESUMED = ("style", "float32", 2), ("style", "float32", 4)
 
 
 @pytest.fixture(autouse=True)
@@ -89,20 +70,41 @@ def run(name, folder, precision, steps, batch_size, resume=False):
     return train(trainer, loop.WORLD.dataset(12), folder, resume=resume)
 
 
+def work(folder, *runs):
+    """What each of two processes does: several runs, which share the process group."""
+    # accelerate shards over accelerators alone; with `cpu` it falls back to plain data parallelism.
+    # Two lines let it take the CPU for one, all else is its own.
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    destroy = PartialState.destroy_process_group
+    for number, (name, precision, steps) in enumerate(runs, 1):
+        last = number == len(runs)
+        PartialState.destroy_process_group = destroy if last else lambda *args, **kwargs: None
+        run(name, folder / name, precision, steps, batch_size=2, resume=True)
+        AcceleratorState._reset_state(True)
+
+
 def launch(folder, config, *runs):
-    """Trainers in a precision to a step, such as "style,float32,4", one after the other."""
+    """Trainers in a precision to a step, such as ("style", "float32", 4), one after the other.
+
+    accelerate reads its config as for `accelerate launch`; where it hands over to torch's launcher,
+    the processes are forked, since to import everything takes far longer than to train.
+    """
     (folder / "accelerate.yaml").write_text(config)
-    (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-               folder / "accelerate.yaml", folder / "worker.py", folder / "two",
-               *runs]  # fmt: skip
-    root = Path(__file__).parent.parent.parent
-    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=os.environ | more, cwd=root, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--config_file", str(folder / "accelerate.yaml"), "worker.py"]
+    started = []
+
+    def fork_them(arguments):
+        started.append(arguments.training_script)
+        fork_distributed(
+            int(arguments.nproc_per_node), work, folder / "two", *runs, folder=folder,
+            deadline_s=300, environment={"DS_ACCELERATOR": "cpu"},
+        )  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.run, "run", fork_them)
+        launch_command(launch_command_parser().parse_args(words))
+    assert started == ["worker.py"]
 
 
 def equals_one_process(folder, name, precision, steps):
@@ -129,7 +131,7 @@ def equals_one_process(folder, name, precision, steps):
 def fsdp(tmp_path_factory):
     """A run that is resumed, and one of another trainer in bfloat16."""
     folder = tmp_path_factory.mktemp("fsdp")
-    launch(folder, FSDP, "style,float32,2", "style,float32,4", "control,bfloat16,2")
+    launch(folder, FSDP, RUN, RESUMED, ("control", "bfloat16", 2))
     return folder
 
 
@@ -148,7 +150,7 @@ def test_fsdp_in_bfloat16_equals_one_process_with_the_doubled_batch(fsdp):
 @pytest.mark.slow
 def test_deepspeed_resumed_equals_one_process_with_the_doubled_batch(tmp_path):
     pytest.importorskip("deepspeed", reason="install deepspeed; it needs a compiler, and minutes")
-    launch(tmp_path, DEEPSPEED, "style,float32,2", "style,float32,4")
+    launch(tmp_path, DEEPSPEED, RUN, RESUMED)
     equals_one_process(tmp_path, "style", "float32", 4)
 
 
