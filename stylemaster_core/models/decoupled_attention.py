@@ -171,9 +171,10 @@ def style_residual(query: Tensor, style: BlockStyle, num_heads: int) -> Tensor:
             ]
         if style.masks:
             parts = [part * mask for part, mask in zip(parts, style.masks, strict=False)]
-            if style.no_style is not None:
-                parts.append(style.masks[-1] * style.no_style)
-        rows.append(sum(parts[1:], parts[0]))
+        total = sum(parts[1:], parts[0])
+        if style.masks and style.no_style is not None:
+            total = total.addcmul(style.masks[-1], style.no_style)
+        rows.append(total)
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutError, WeightsError
 from ..weights.state_dict import check_keys, native_block_key_to_diffusers, strip_prefix
-from .timestep import sinusoidal_embedding
+from .timestep import Kept, sinusoidal_embedding, wave_frequencies
 
 
 class WanHost(Protocol):
@@ -74,6 +74,8 @@ class GrayTileControlNet(nn.Module):
         self.host = host
         self.num_heads = num_heads
         self.freq_width = freq_width
+        self._frequencies: Kept[Tensor] = Kept()
+        self._rotary: Kept[Any] = Kept()
         self.patch_embedding = operations.Conv3d(in_channels, width, (1, 2, 2), stride=(1, 2, 2))
         self.text_embedding = nn.Sequential(
             operations.Linear(text_width, width),
@@ -148,10 +150,16 @@ class GrayTileControlNet(nn.Module):
         x = self.patch_embedding(control_latents.to(dtype))
         grid = (x.shape[2], x.shape[3], x.shape[4])
         hidden = rearrange(x, "b d t h w -> b (t h w) d").expand(batch, -1, -1).contiguous()
-        wave = sinusoidal_embedding(timestep.to(hidden.device), self.freq_width)
+        frequencies = self._frequencies.get(
+            hidden.device, lambda: wave_frequencies(self.freq_width, hidden.device)
+        )
+        wave = sinusoidal_embedding(timestep.to(hidden.device), frequencies)
         time = self.time_projection(self.time_embedding(wave.to(dtype)))
         modulation = rearrange(time, "b (six d) -> b six d", six=6)
-        rotary = self.host.rotary(grid, hidden.shape[-1] // self.num_heads, hidden)
+        head_width = hidden.shape[-1] // self.num_heads
+        rotary = self._rotary.get(
+            (grid, hidden.device, hidden.dtype), lambda: self.host.rotary(grid, head_width, hidden)
+        )
         states = []
         for block, zero_conv, block_text in zip(
             self.control_blocks, self.zero_convs, text.per_block, strict=True
@@ -175,9 +183,11 @@ class DiffusersHost:
     def rotary(self, grid: tuple[int, int, int], head_width: int, like: Tensor) -> Any:
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
+        from .wan_block import Rotary
+
         with torch.device(like.device):
             rope = WanRotaryPosEmbed(head_width, (1, 1, 1), max(grid))
-            return rope(like.new_empty(1, 1, *grid))
+            return Rotary.of(rope(like.new_empty(1, 1, *grid)), like.dtype)
 
     def prepare_text(self, block: nn.Module, text_tokens: Tensor, padding: int) -> Any:
         return block.text_keys_values(text_tokens, padding)  # type: ignore[operator]

@@ -16,8 +16,22 @@ from .decoupled_attention import BlockStyle, attend, style_residual
 from .motion_adapter import BlockMotion
 from .text_padding import padding_bias
 
-Rotary = tuple[Tensor, Tensor]
 MIN_FFN_TOKENS = 1024  # below it a matrix product gets slower
+
+
+class Rotary(NamedTuple):
+    """Rotary position embedding of a grid of tokens, for every pair of a head's channels."""
+
+    cos: Tensor  # [1, L, 1, head width / 2]
+    sin: Tensor
+    turn: Tensor  # both as complex numbers
+
+    @classmethod
+    def of(cls, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> Rotary:
+        """From diffusers' cosines and sines [1, L, 1, head width], for activations of `dtype`."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        cos, sin = (angle[..., 0::2].to(dtype).contiguous() for angle in angles)
+        return cls(cos, sin, torch.complex(cos, sin))
 
 
 class KeysValues(NamedTuple):
@@ -67,12 +81,11 @@ def rotate(x: Tensor, rotary: Rotary, num_heads: int) -> Tensor:
     compiler fuses real arithmetic, and does not know complex numbers.
     """
     pairs = widen(rearrange(x, "b l (n d two) -> b l n d two", n=num_heads, two=2))
-    cos, sin = (angle[..., 0::2].to(pairs) for angle in rotary)
     if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-        product = torch.view_as_complex(pairs) * torch.complex(cos, sin)
-        rotated = torch.view_as_real(product)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotary.turn)
     else:
         a, b = pairs.unbind(-1)
+        cos, sin = rotary.cos, rotary.sin
         rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     return rearrange(rotated, "b l n d two -> b l (n d two)").to(x)
 

@@ -34,7 +34,7 @@ from .decoupled_attention import (
 )
 from .motion_adapter import MotionAdapter
 from .stylecrafter import is_encoder_key
-from .timestep import sinusoidal_embedding
+from .timestep import Kept, sinusoidal_embedding, wave_frequencies
 from .wan_block import KeysValues, Rotary, StyledWanBlock, WideLayerNorm, expand_rows, widen
 
 TextKV = list[KeysValues]  # per block
@@ -50,6 +50,21 @@ class Branch:
     @property
     def num_styled(self) -> int:
         return self.style[0].keys[0].shape[0] if self.style and self.style[0].keys else 0
+
+
+class BranchGroup(NamedTuple):
+    """Branches that run as one batch."""
+
+    numbers: tuple[int, ...]  # which of the branches these are
+    first: tuple[tuple[KeysValues, BlockStyle | None], ...]  # of each branch, in block 0
+    merged: Branch  # all of them, stacked along the batch
+
+
+class BranchGroups(tuple[BranchGroup, ...]):
+    """What `group_branches` gives; its length is the number of branches."""
+
+    def __len__(self) -> int:
+        return sum(len(group.numbers) for group in self)
 
 
 class Stem(NamedTuple):
@@ -122,6 +137,8 @@ class StyledWanTransformer(WanTransformer3DModel):
         self.norm_out = WideLayerNorm(width, eps, elementwise_affine=False)
         self.style_attention: StyleAttention | None = None
         self.motion_adapter: MotionAdapter | None = None
+        self._frequencies: Kept[Tensor] = Kept()
+        self._rotary: Kept[Rotary] = Kept()
 
     # ---- once per generation ---------------------------------------------------------------------
 
@@ -199,6 +216,25 @@ class StyledWanTransformer(WanTransformer3DModel):
             style = [_expand_rows(block, text[0].keys.shape[0]) for block in style]
         return Branch(text, style)
 
+    def group_branches(self, branches: Sequence[Branch], *, batched: bool) -> BranchGroups:
+        """Decide which branches run as one batch, once for all steps.
+
+        Args:
+            branches: from `prepare_branch`.
+            batched: as one batch (faster for short clips) or one by one (less memory).
+
+        Raises:
+            LayoutError: for several styled branches in one batch.
+        """
+        return BranchGroups(
+            BranchGroup(
+                tuple(number for number, _ in group),
+                tuple((b.text[0], None if b.style is None else b.style[0]) for _, b in group),
+                _merge([branch for _, branch in group]),
+            )
+            for group in _groups(branches, batched)
+        )
+
     # ---- every step ------------------------------------------------------------------------------
 
     @property
@@ -234,10 +270,16 @@ class StyledWanTransformer(WanTransformer3DModel):
         x = self.patch_embedding(latents.to(self.compute_dtype))
         hidden = rearrange(x, "b d t h w -> b (t h w) d").contiguous()
         embedder = self.condition_embedder
-        wave = sinusoidal_embedding(timestep.to(latents.device), self.config.freq_dim)
+        frequencies = self._frequencies.get(
+            latents.device, lambda: wave_frequencies(self.config.freq_dim, latents.device)
+        )
+        wave = sinusoidal_embedding(timestep.to(latents.device), frequencies)
         time = embedder.time_embedder(wave.to(embedder.time_embedder.linear_1.weight.dtype))
         modulation = embedder.time_proj(F.silu(time).to(embedder.time_proj.weight.dtype))
-        rotary = self.rope(latents)
+        rotary = self._rotary.get(
+            (grid, hidden.device, hidden.dtype),
+            lambda: Rotary.of(self.rope(latents), hidden.dtype),
+        )
         return Stem(
             hidden, time, rearrange(modulation, "b (six d) -> b six d", six=6), rotary, grid
         )
@@ -311,14 +353,14 @@ class StyledWanTransformer(WanTransformer3DModel):
             else:
                 hidden = block(*arguments)
             if i in residuals:
-                hidden = hidden + residuals[i].to(hidden)
+                hidden = hidden + _scaled(residuals[i], control_scale, hidden)
         return self.project_out(hidden, stem)
 
     def velocities(
         self,
         latents: Tensor,
         timestep: Tensor,
-        branches: Sequence[Branch],
+        branches: Sequence[Branch] | BranchGroups,
         *,
         control: Sequence[Tensor] | None = None,
         control_scale: float = 1.0,
@@ -329,11 +371,10 @@ class StyledWanTransformer(WanTransformer3DModel):
         Args:
             latents: [B, 16, t, h, w].
             timestep: [1] or [B].
-            branches: from `prepare_branch`; equal prompts should share one `TextKV` object.
+            branches: from `prepare_branch`, or what `group_branches` made of them.
             control: the same control states for all branches.
             control_scale: strength of the control.
-            batched: run the branches as one batch (faster for short clips) or one by one (less
-                memory).
+            batched: of branches without groups, see `group_branches`.
 
         Returns:
             one velocity [B, 16, t, h, w] per branch, equal to `forward` on each but for rounding.
@@ -346,32 +387,34 @@ class StyledWanTransformer(WanTransformer3DModel):
         shared = first.self_attend(stem.hidden, stem.modulation, stem.rotary)
         query = first.cross_query(shared)
         stem = stem._replace(hidden=shared[:0])
+        if not isinstance(branches, BranchGroups):
+            branches = self.group_branches(branches, batched=batched)
         outputs: list[Tensor] = [latents] * len(branches)
-        groups = _groups(branches, batched)
-        for number, group in enumerate(groups):
-            attended = _join([_first_attention(first, query, branch) for _, branch in group])
-            modulation = _repeat(stem.modulation, len(group))
-            hidden = first.finish(_repeat(shared, len(group)), attended, modulation)
+        groups = list(branches)
+        for number, (numbers, prepared, merged) in enumerate(groups):
+            count = len(numbers)
+            attended = _join([_first_attention(first, query, *branch) for branch in prepared])
+            modulation = _repeat(stem.modulation, count)
+            hidden = first.finish(_repeat(shared, count), attended, modulation)
             del attended
             if number + 1 == len(groups):
                 del shared, query  # what the last group does not need lowers the peak
-            merged = _merge([branch for _, branch in group])
             for i, block in enumerate(self.blocks):
                 if i > 0:
                     style = None if merged.style is None else merged.style[i]
                     hidden = block(hidden, modulation, stem.rotary, merged.text[i], style)
                 if i in residuals:
-                    hidden = hidden + _repeat(residuals[i].to(hidden), len(group))
-            repeated = stem._replace(time=_repeat(stem.time, len(group)))
-            velocities = self.project_out(hidden, repeated).chunk(len(group))
-            for (index, _), velocity in zip(group, velocities, strict=True):
+                    hidden = hidden + _repeat(_scaled(residuals[i], control_scale, hidden), count)
+            repeated = stem._replace(time=_repeat(stem.time, count))
+            velocities = self.project_out(hidden, repeated).chunk(count)
+            for index, velocity in zip(numbers, velocities, strict=True):
                 outputs[index] = velocity
         return outputs
 
     def _control_residuals(
         self, control: Sequence[Tensor] | None, control_scale: float, hidden: Tensor
     ) -> dict[int, Tensor]:
-        """Residual to add after each block that has one."""
+        """Control state of each block after which one is added."""
         if not control or control_scale == 0:
             return {}
         stride = math.ceil(len(self.blocks) / len(control))
@@ -388,14 +431,21 @@ class StyledWanTransformer(WanTransformer3DModel):
                     f"and this transformer, got {list(state.shape)}; make them from control "
                     "latents of the same size, by a control network of the same model"
                 )
-        return {i * stride: state * control_scale for i, state in enumerate(control)}
+        return {i * stride: state for i, state in enumerate(control)}
 
 
-def _first_attention(block: StyledWanBlock, query: Tensor, branch: Branch) -> Tensor:
-    attended = branch.text[0].attend(query, block.num_heads)
-    if branch.style is not None:
-        attended = attended + style_residual(query, branch.style[0], block.num_heads)
+def _first_attention(
+    block: StyledWanBlock, query: Tensor, text: KeysValues, style: BlockStyle | None
+) -> Tensor:
+    attended = text.attend(query, block.num_heads)
+    if style is not None:
+        attended = attended + style_residual(query, style, block.num_heads)
     return attended
+
+
+def _scaled(state: Tensor, scale: float, like: Tensor) -> Tensor:
+    """Residual of a control state; made where it is added, as those of all blocks are large."""
+    return (state if scale == 1 else state * scale).to(like)
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from ..models.text_padding import merge_padding
 from .guidance import GuidanceWeights
 from .samplers import SamplerName, create_sampler
 from .schedules import TIMESTEPS, in_range
-from .windows import WindowConfig, blend_windows, plan_windows
+from .windows import WindowBlend, WindowConfig, plan_windows
 
 NullStyle = Literal["zero", "none"]
 
@@ -112,8 +112,12 @@ def denoise(
     steps = create_sampler(sampler, sigmas)
     num_frames = latents.shape[2]
     parts = plan_windows(num_frames, windows)
+    blend = WindowBlend(parts, num_frames, windows.overlap if windows else 0, latents)
+    # Once, as a copy to the device in each step would make the host wait.
+    timesteps = (sigmas[:-1].float() * TIMESTEPS).to(latents.device)
+    levels = sigmas.tolist()
     for step in range(num_steps):
-        timestep = (sigmas[step : step + 1].float() * TIMESTEPS).to(latents.device)
+        timestep = timesteps[step : step + 1]
         has_control = control_scale != 0 and in_range(step, num_steps, *control_range)
         velocities = []
         for window in parts:
@@ -127,15 +131,14 @@ def denoise(
                 prepared,
                 control=control,
                 control_scale=control_scale,
-                batched=batch_branches,
             )
             velocities.append(_weighted_sum(weights, predicted, latents.dtype))
-        velocity = blend_windows(velocities, parts, num_frames, windows.overlap if windows else 0)
-        sigma = float(sigmas[step])
-        denoised = latents - sigma * velocity
-        latents = steps.step(velocity, step, latents)
+        velocity = blend(velocities)
+        before, latents = latents, steps.step(velocity, step, latents)
         if callback is not None:
-            callback(StepProgress(step, num_steps, sigma, latents, denoised))
+            denoised = before - levels[step] * velocity
+            callback(StepProgress(step, num_steps, levels[step], latents, denoised))
+        del before
     return latents
 
 
@@ -180,9 +183,10 @@ class _Branches:
         ]
         self.negative = rest[0] if rest else None
         self.keys_values = transformer.style_keys_values(regions) if regions else []
-        self.cache: dict[object, tuple[list[float], list[Any]]] = {}
+        self.batched = batched
+        self.cache: dict[object, tuple[list[float], Any]] = {}
 
-    def at(self, step: int, num_steps: int, window: slice) -> tuple[list[float], list[Any]]:
+    def at(self, step: int, num_steps: int, window: slice) -> tuple[list[float], Any]:
         """Weights and branches of a step."""
         active = tuple(
             i for i, r in enumerate(self.regions) if in_range(step, num_steps, r.start, r.end)
@@ -192,7 +196,7 @@ class _Branches:
             self.cache[key] = self._prepare(active, window)
         return self.cache[key]
 
-    def _prepare(self, active: tuple[int, ...], window: slice) -> tuple[list[float], list[Any]]:
+    def _prepare(self, active: tuple[int, ...], window: slice) -> tuple[list[float], Any]:
         negative, text, styled = self.guidance
         if not active:  # no style at this step: the styled branch equals that of the text
             text, styled = text + styled, 0.0
@@ -205,7 +209,8 @@ class _Branches:
         style = self._style(active or tuple(range(len(self.regions))), window)
         prepare = self.transformer.prepare_branch
         branches = [prepare(kv, style, styled=is_styled) for _, kv, is_styled in wanted]
-        return [weight for weight, _, _ in wanted], branches
+        groups = self.transformer.group_branches(branches, batched=self.batched)
+        return [weight for weight, _, _ in wanted], groups
 
     def _style(self, indices: tuple[int, ...], window: slice) -> Any:
         if not indices:

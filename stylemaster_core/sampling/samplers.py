@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -25,10 +26,11 @@ class EulerSampler:
     """x + v * (sigma_next - sigma); the release's sampler."""
 
     def __init__(self, sigmas: Tensor) -> None:
-        self.sigmas = sigmas
+        # Numbers, as a tensor would have to go to the device in every step.
+        self.changes = [after - before for before, after in pairwise(sigmas.tolist())]
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
-        return latents + velocity * (self.sigmas[index + 1] - self.sigmas[index]).to(latents)
+        return latents + velocity * self.changes[index]
 
 
 class DiffusersSampler:

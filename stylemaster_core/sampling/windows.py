@@ -46,17 +46,28 @@ def window_weights(window: slice, num_frames: int, overlap: int) -> Tensor:
     return weights
 
 
-def blend_windows(
-    parts: list[Tensor], windows: list[slice], num_frames: int, overlap: int
-) -> Tensor:
-    """Weighted mean of window results [B, C, t, h, w] -> [B, C, num_frames, h, w]."""
-    if len(parts) == 1:
-        return parts[0]
-    b, c, _, h, w = parts[0].shape
-    total = parts[0].new_zeros(b, c, num_frames, h, w)
-    weight_sum = parts[0].new_zeros(num_frames, 1, 1)
-    for part, window in zip(parts, windows, strict=True):
-        weights = window_weights(window, num_frames, overlap).to(part)[:, None, None]
-        total[:, :, window] += part * weights
-        weight_sum[window] += weights
-    return total / weight_sum
+class WindowBlend:
+    """Weighted mean of the results of windows; the weights are made once."""
+
+    def __init__(self, windows: list[slice], num_frames: int, overlap: int, like: Tensor) -> None:
+        """Make the weights, in the dtype and on the device of `like` [B, C, num_frames, h, w]."""
+        self.windows = windows
+        if len(windows) < 2:
+            return
+        self.weights = [
+            window_weights(window, num_frames, overlap).to(like)[:, None, None]
+            for window in windows
+        ]
+        self.weight_sum = like.new_zeros(num_frames, 1, 1)
+        for window, weights in zip(windows, self.weights, strict=True):
+            self.weight_sum[window] += weights
+        self.total = torch.empty_like(like)
+
+    def __call__(self, parts: list[Tensor]) -> Tensor:
+        """[B, C, t, h, w] of each window -> [B, C, num_frames, h, w]."""
+        if len(parts) == 1:
+            return parts[0]
+        self.total.zero_()
+        for part, window, weights in zip(parts, self.windows, self.weights, strict=True):
+            self.total[:, :, window] += part * weights
+        return self.total / self.weight_sum

@@ -12,8 +12,8 @@ from stylemaster_core import (
 )
 from stylemaster_core.models.gray_tile_controlnet import copy_from_transformer
 from stylemaster_core.sampling.windows import (
+    WindowBlend,
     WindowConfig,
-    blend_windows,
     plan_windows,
     window_weights,
 )
@@ -30,6 +30,13 @@ CASES = [
 ]
 
 
+def blend(parts, windows, num_frames, overlap):
+    shape = (*parts[0].shape[:2], num_frames, *parts[0].shape[3:])
+    blended = WindowBlend(windows, num_frames, overlap, parts[0].new_empty(shape))
+    assert torch.equal(blended(parts), blended(parts)), "nothing stays of an earlier step"
+    return blended(parts)
+
+
 @pytest.mark.parametrize(("num_frames", "length", "overlap"), CASES)
 def test_windows_cover_every_frame(num_frames, length, overlap):
     windows = plan_windows(num_frames, WindowConfig(length, overlap))
@@ -43,7 +50,7 @@ def test_windows_cover_every_frame(num_frames, length, overlap):
 def test_a_constant_stays_constant(num_frames, length, overlap):
     windows = plan_windows(num_frames, WindowConfig(length, overlap))
     parts = [torch.full((1, 2, w.stop - w.start, 2, 2), 3.0) for w in windows]
-    blended = blend_windows(parts, windows, num_frames, overlap)
+    blended = blend(parts, windows, num_frames, overlap)
     assert blended.shape == (1, 2, num_frames, 2, 2)
     torch.testing.assert_close(blended, torch.full_like(blended, 3.0))
 
@@ -52,14 +59,14 @@ def test_parts_of_one_video_give_it_back():
     video = torch.randn(2, 3, 17, 2, 2)
     windows = plan_windows(17, WindowConfig(6, 3))
     parts = [video[:, :, window] for window in windows]
-    torch.testing.assert_close(blend_windows(parts, windows, 17, 3), video)
+    torch.testing.assert_close(blend(parts, windows, 17, 3), video)
 
 
 def test_the_blend_runs_from_one_window_to_the_next():
     windows = plan_windows(8, WindowConfig(5, 2))
     assert windows == [slice(0, 5), slice(3, 8)]
     parts = [torch.full((1, 1, 5, 1, 1), float(i)) for i in range(2)]
-    blended = blend_windows(parts, windows, 8, 2).flatten().tolist()
+    blended = blend(parts, windows, 8, 2).flatten().tolist()
     assert blended == pytest.approx([0, 0, 0, 1 / 3, 2 / 3, 1, 1, 1])
 
 
@@ -139,6 +146,6 @@ def test_overlapping_windows_blend_each_step(tiny_transformer, tiny_inputs):
     parts = [
         net(inputs.latents[:, :, w], timestep, inputs.text, style=inputs.tokens) for w in windows
     ]
-    expected = inputs.latents - 0.5 * blend_windows(parts, windows, 5, 1)
+    expected = inputs.latents - 0.5 * blend(parts, windows, 5, 1)
     sampled = denoise(net, inputs.latents, windows=config, **options)
     torch.testing.assert_close(sampled, expected, atol=1e-10, rtol=1e-10)
