@@ -34,7 +34,7 @@ from stylemaster_core.weights.convert import BASE_FORMAT, CUSTOM_BASE
 from stylemaster_core.weights.files import read_state_dict
 from stylemaster_core.weights.state_dict import diffusers_to_native
 
-from .pixel_loss import PixelLoss
+from .picture_loss import PictureLoss
 
 TOKEN_WIDTH = 128  # of style tokens; the release's are as wide as its text features
 
@@ -43,14 +43,14 @@ class JointTrainer(GrayTileTrainer):
     """Flow matching of base, style branch and control, each condition dropped at random."""
 
     def __init__(
-        self, config: TrainConfig, transformer: Any, *parts: Any, loss: PixelLoss, **more: Any
+        self, config: TrainConfig, transformer: Any, *parts: Any, loss: PictureLoss, **more: Any
     ) -> None:
         super().__init__(config, transformer, *parts, **more)
         trainable(transformer)
         self.loss = loss
 
-    def losses(self, velocity: Tensor, clean: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-        return self.loss(velocity - (noise - clean)) * weight
+    def losses(self, velocity: Tensor, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        return self.loss(velocity - (noise - clean), clean, self.sigmas[level])
 
     def outputs(self) -> list[TrainedFile]:
         state = self.transformer.state_dict()
@@ -68,7 +68,7 @@ def create_joint_trainer(
     *,
     contrastive: StateDict,
     null_text: Tensor,
-    loss: PixelLoss,
+    loss: PictureLoss,
 ) -> JointTrainer:
     """The trainer of a new model.
 
@@ -107,7 +107,7 @@ def continue_joint_trainer(
     *,
     contrastive: StateDict,
     null_text: Tensor,
-    loss: PixelLoss,
+    loss: PictureLoss,
 ) -> JointTrainer:
     """The trainer of a model that exists.
 

@@ -54,7 +54,7 @@ from .encoder_pool import draw_pool, load_or_draw_pool
 from .encoder_probe import probe_encoder
 from .joint import continue_joint_trainer, create_joint_trainer
 from .limit import TimeLimit, TimeOver, logged
-from .pixel_loss import PixelLoss
+from .picture_loss import PictureLoss
 from .profiles import Profile
 from .real_data import RealData
 from .refiner import mean_seam, train_refiner, write_refined
@@ -307,7 +307,7 @@ class Recipe:
         conditions: dict[str, Any] = {
             "contrastive": self._contrastive(),
             "null_text": null_text(),
-            "loss": PixelLoss(vae),
+            "loss": PictureLoss(vae, load_image_encoder(self.out / "encoder")),
         }
         if self.start is not None:
             trainer = continue_joint_trainer(config, _features(data), self.start, **conditions)

@@ -109,11 +109,11 @@ class FlowMatchTrainer(DenoisingTrainer):
         level, clean, noise = batch["level"], batch["latents"], batch["noise"]
         noisy = add_noise(clean, noise, self.sigmas[level])
         velocity = self.velocity(noisy, self.timesteps[level], self.text_of(batch), batch)
-        return self.losses(velocity, clean, noise, self.weights[level])
+        return self.losses(velocity, clean, noise, level)
 
-    def losses(self, velocity: Tensor, clean: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-        """Loss [B] of predicted velocities; see `flow_match_losses`."""
-        return flow_match_losses(velocity, clean, noise, weight)
+    def losses(self, velocity: Tensor, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """Loss [B] of velocities predicted at noise levels [B]; see `flow_match_losses`."""
+        return flow_match_losses(velocity, clean, noise, self.weights[level])
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], num_samples: int) -> None:
         """Latents, text and control of a sample against the transformer."""

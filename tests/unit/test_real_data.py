@@ -232,7 +232,8 @@ def test_training_goes_on_from_weights_that_exist(standin, tmp_path, monkeypatch
         style=recipe.StyleConfig(num_layers=2),
     )
     conditions = {"contrastive": weights, "null_text": recipe.null_text()}
-    loss = recipe.PixelLoss(recipe.PatchVAE())
+    encoder = load_image_encoder(standin / "image_encoder")
+    loss = recipe.PictureLoss(recipe.PatchVAE(), encoder)
     trainer = continue_joint_trainer(config, features, standin, **conditions, loss=loss)
     written = {file.name: file.tensors for file in trainer.outputs()}
     for name in ("transformer", "controlnet", "style_adapter"):

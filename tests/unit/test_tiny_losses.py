@@ -1,4 +1,4 @@
-"""The recipe's losses: of latents by what they mean in pixels, of the refiner by its seams."""
+"""The recipe's losses: of latents by what they mean in pixels and look like; of the refiner."""
 
 import cv2
 import numpy as np
@@ -7,14 +7,17 @@ import torch
 
 from recipes.tiny import refiner
 from recipes.tiny.limit import TimeOver
+from recipes.tiny.picture_loss import FeatureLoss, PictureLoss, TextureLoss
 from recipes.tiny.pixel_loss import PixelLoss
 from recipes.tiny.vae import ClipPool, fit_pca
+from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.patch_vae import (
     PatchVAE,
     blocks_to_video,
     create_patch_vae,
     save_patch_vae,
 )
+from stylemaster_core.pipelines.tiny import FOLDER
 from stylemaster_core.weights.files import read_state_dict
 
 
@@ -61,6 +64,53 @@ def test_borders_are_those_of_what_is_decoded(vae):
     found = (loss(error) - plain).detach()
     wanted = across + down
     torch.testing.assert_close(found / found.sum(), wanted / wanted.sum(), atol=1e-4, rtol=1e-4)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_texture_counts_and_not_where_its_strokes_lie():
+    loss, wanted = TextureLoss(), noise(1, 1, 3, 64, 64) * 0.3
+    elsewhere = noise(1, 1, 3, 64, 64, seed=1) * 0.3
+    none = torch.zeros_like(wanted)
+    assert loss(wanted, wanted).item() == 0
+    # By squared errors no strokes are better than strokes elsewhere.
+    assert (none - wanted).square().mean() < 0.6 * (elsewhere - wanted).square().mean()
+    assert loss(elsewhere, wanted) < 0.3 * loss(none, wanted)
+
+
+def test_texture_counts_colours_that_are_too_weak():
+    loss, wanted = TextureLoss(), noise(1, 1, 3, 64, 64) * 0.3
+    light = (wanted * loss.planes[0, :, None, None]).sum(2, keepdim=True).expand_as(wanted)
+    half, gray = (wanted + light) / 2, light
+    assert 0 < loss(half, wanted) < loss(gray, wanted)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_image_encoder(FOLDER / "image_encoder")
+
+
+@pytest.mark.parametrize("side", [64, 128, 192])
+def test_features_are_those_of_the_style_encoder(encoder, side):
+    loss, wanted = FeatureLoss(encoder), noise(2, 2, 3, side, side).clamp(-1, 1)
+    assert loss(wanted, wanted).abs().max() == 0
+    near, far = loss(0.9 * wanted, wanted), loss(0 * wanted, wanted)
+    assert (near > 0).all() and (near < far).all()
+    assert loss(torch.cat([0 * wanted[:, :1], wanted[:, 1:]], 1), wanted).abs().max() == 0
+
+
+def test_the_loss_of_pictures_is_that_of_what_is_left_without_noise(vae, encoder):
+    loss = PictureLoss(vae, encoder)
+    error, clean = noise(2, 16, 1, 8, 8).requires_grad_(), noise(2, 16, 1, 8, 8, seed=1)
+    found = loss(error, clean, torch.tensor([0.0, 0.7]))
+    alone = loss.pixels(error)
+    assert found[0].item() == pytest.approx(alone[0].item(), abs=1e-4)
+    assert found[1] > 1.05 * alone[1]
+    found.sum().backward()
+    assert error.grad is not None and error.grad[1].norm() > error.grad[0].norm()
+    assert not any(parameter.requires_grad for parameter in loss.features.parameters())
 
 
 def test_seam_ratios():
