@@ -17,7 +17,13 @@ from recipes.tiny.encoder_pool import draw_pool
 from recipes.tiny.limit import TimeLimit, TimeOver
 from recipes.tiny.profiles import PROFILES
 from recipes.tiny.real_data import RealData, draw_real_clip
-from recipes.tiny.real_samples import Motion, draw_real_samples, window, with_look
+from recipes.tiny.real_samples import (
+    Motion,
+    draw_real_samples,
+    in_colours_of,
+    window,
+    with_look,
+)
 from recipes.tiny.samples import ClipSize
 from recipes.tiny.shards import read_shards
 from recipes.tiny.teacher import read_pairs
@@ -25,6 +31,7 @@ from recipes.tiny.vae import ClipPool
 from stylemaster_core.data.images import write_image
 from stylemaster_core.data.jsonl import read_jsonl
 from stylemaster_core.errors import ConfigError
+from stylemaster_core.metrics.baselines import rgb_to_lab
 from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.vae import load_vae
 from tests.standin_tiny import write_standin
@@ -151,6 +158,21 @@ def test_gray_and_one_coloured_looks(real):
     shaded = with_look(picture, "one colour", colour, contrast=0.15).astype(float)
     np.testing.assert_allclose(shaded[..., 2].std(), 0.15 * gray[..., 0].std(), rtol=0.05)
     np.testing.assert_allclose(shaded.mean((0, 1)), colour, atol=1.5)
+
+
+def test_targets_have_the_colours_of_their_style():
+    rng = np.random.default_rng(0)
+    muted = (128 + 12 * rng.normal(size=(40, 40, 3))).astype(np.uint8)
+    painting = (np.array([150, 90, 60]) + 25 * rng.normal(size=(30, 30, 3))).astype(np.uint8)
+    found, before, wanted = (
+        rgb_to_lab(p) for p in (in_colours_of(muted, painting), muted, painting)
+    )
+    for measure in (np.mean, np.std):
+        a, b, c = (measure(lab, axis=(0, 1)) for lab in (found, before, wanted))
+        np.testing.assert_allclose(a[1:], c[1:], atol=0.5)
+        assert a[0] == pytest.approx((b[0] + c[0]) / 2, abs=0.5)
+    gray = np.broadcast_to(painting.mean(-1, keepdims=True).astype(np.uint8), painting.shape)
+    assert np.abs(rgb_to_lab(in_colours_of(muted, gray))[..., 1:]).max() < 2
 
 
 def test_clips_of_the_vae_move_and_some_are_cut(real):
