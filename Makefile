@@ -59,12 +59,19 @@ fuzz: $(VENV)/.installed  ## damaged files, hostile names, kills, misbehaving se
 comfy-tests: $(VENV)/.installed  ## against every ComfyUI found; skipped, saying so, where there is none
 	$(BIN)/python -m pytest tests/comfy -q --record-comfyui
 
+ifneq ($(wildcard wheels),)  # unpacked from a bundle: no index, and PyTorch is the machine's own
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/python -m pip install --quiet --no-index --no-deps wheels/*.whl
+	touch $@
+else
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
+endif
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest demo

@@ -3,7 +3,8 @@
 A piece that has its file under --out is not run again. The order gives the most in little time:
 `right` (does the device compute what the CPU does), `tiny` (train the small model), `fast` (time a
 generation at real size), `train` (time each trainer). With `--toy --device cpu` every piece runs
-its real code in seconds, to rehearse it where there is no GPU.
+its real code in seconds, to rehearse it where there is no GPU. `--bundle DIR` packs all of it for a
+machine without a network; see `gpu_bundle`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from stylemaster_core.errors import ConfigError, StyleMasterError
 from stylemaster_core.pipelines.models import choose_device
 
 from . import generate, train
+from .gpu_bundle import write_gpu_bundle
 from .gpu_right import check_device
 from .runner import Report, machine_facts, write_json
 
@@ -119,6 +121,10 @@ def run(args: argparse.Namespace) -> int:
     wanted = [name.strip() for name in args.only.split(",")]
     if not set(wanted) <= set(PIECES):
         raise ConfigError(f"--only {args.only}: choose from {', '.join(PIECES)}")
+    if args.bundle:
+        paths = write_gpu_bundle(args.bundle, args.has, python=args.has_python, recipe=args.recipe)
+        print(f"wrote {len(paths)} archives to {args.bundle}")
+        return 0
     device = choose_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     started, failed = time.monotonic(), False
@@ -136,6 +142,8 @@ def run(args: argparse.Namespace) -> int:
         if report.get("unfinished"):
             print(f"{name}: more to do; call again to go on")
             return UNFINISHED
+        if not any(report.values()):
+            report["failed"] = ["it reported nothing"]
         facts = {"seconds": round(time.monotonic() - began, 1), "toy": args.toy}
         write_json(path, {"machine": machine_facts(device), **facts, **report})
         for words in report["failed"]:
@@ -152,6 +160,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8, help="no piece begins after them")
     parser.add_argument("--tiny", default="", help="options of the recipe, such as '--art DIR'")
     parser.add_argument("--toy", action="store_true", help="real code at sizes of seconds")
+    group = parser.add_argument_group("for a machine without a network")
+    group.add_argument("--bundle", type=Path, metavar="DIR", help="only write archives")
+    group.add_argument(
+        "--has", type=Path, metavar="FILE", help="what `pip list --format=freeze` prints there"
+    )
+    group.add_argument("--has-python", default="3.12", metavar="X.Y", help="its Python")
+    group.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="DIR",
+        help="folder of the small model's recipe, whose latents go with it",
+    )
     return parser.parse_args(argv)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stylemaster_core.errors import ConfigError
@@ -41,19 +42,37 @@ def write_bundle(out: Path, folder: Path, *, weights: bool = False) -> list[Path
             f"{out} lacks the stages {', '.join(missing)}; run the recipe with --until "
             f"{NEEDED[-1]} first"
         )
+    check_folder(folder)
+    suffixes = CODE_SUFFIXES | ({".safetensors"} if weights else set())
+    code = [
+        (path, path.relative_to(ROOT))
+        for name in CODE
+        for path in _files(ROOT / name)
+        if path.suffix in suffixes
+    ]
+    return pack(folder, [*code, *stage_files(out)])
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder of archives that holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} holds something already; choose a new folder for --bundle")
+
+
+def stage_files(out: Path) -> Iterator[tuple[Path, Path]]:
+    """What the stages that travel have made, and its place there."""
+    for name in STAGES:
+        for path in _files(out / name):
+            if path.suffix in (".safetensors", ".json") and "checkpoints" not in path.parts:
+                yield path, Path("runs/tiny") / path.relative_to(out)
+
+
+def pack(folder: Path, files: Iterable[tuple[Path, Path]]) -> list[Path]:
+    """One tar of files and their places, cut into `bundle-000`, `bundle-001` and so on."""
     volumes = _Volumes(folder)
     with tarfile.open(fileobj=volumes, mode="w|") as tar:  # type: ignore[call-overload]
-        for name in CODE:
-            for path in _files(ROOT / name):
-                if path.suffix in CODE_SUFFIXES or (weights and path.suffix == ".safetensors"):
-                    tar.add(path, path.relative_to(ROOT).as_posix(), recursive=False)
-        for name in STAGES:
-            for path in _files(out / name):
-                if path.suffix in (".safetensors", ".json") and "checkpoints" not in path.parts:
-                    place = Path("runs/tiny") / path.relative_to(out)
-                    tar.add(path, place.as_posix(), recursive=False)
+        for path, place in files:
+            tar.add(path, place.as_posix(), recursive=False)
     volumes.flush_rest()
     return volumes.paths
 

@@ -81,7 +81,7 @@ def rotate(x: Tensor, rotary: Rotary, num_heads: int) -> Tensor:
     compiler fuses real arithmetic, and does not know complex numbers.
     """
     pairs = widen(rearrange(x, "b l (n d two) -> b l n d two", n=num_heads, two=2))
-    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+    if x.device.type in ("cpu", "cuda", "meta") and not torch.compiler.is_compiling():
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * rotary.turn)
     else:
         a, b = pairs.unbind(-1)

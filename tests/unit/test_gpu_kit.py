@@ -1,11 +1,14 @@
 """The pieces for a GPU, rehearsed on the CPU: their real code at toy size."""
 
+import io
 import json
+import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, gpu_right
+from bench import gpu, gpu_bundle, gpu_right
 from stylemaster_core.errors import ConfigError
 
 
@@ -74,3 +77,60 @@ def test_a_part_of_the_recipe_is_trained(tmp_path, monkeypatch):
 def test_unknown_pieces():
     with pytest.raises(ConfigError, match="choose from right, tiny, fast, train"):
         gpu.run(gpu.parse_arguments(["--only", "x"]))
+
+
+def test_a_piece_that_reports_nothing_has_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(gpu.PIECES, "right", lambda args: {"checks": [], "failed": []})
+    assert call(tmp_path, "--only", "right") == 1
+    assert "right: FAILED: it reported nothing" in capsys.readouterr().err
+
+
+PACKAGES = "torch==2.6.0+cu124\nNumPy==2.1.0\nonnx @ file:///opt/onnx.whl\n# made by hand\n"
+
+
+def test_what_a_machine_has():
+    there = gpu_bundle.read_packages(PACKAGES)
+    assert there == {"torch": "2.6.0+cu124", "numpy": "2.1.0", "onnx": None}
+
+
+def resolved(*names):
+    return {"install": [{"metadata": {"name": n, "version": "1.0"}} for n in names]}
+
+
+def test_a_bundle_holds_code_and_what_is_lacking(tmp_path, monkeypatch):
+    (tmp_path / "has.txt").write_text(PACKAGES)
+    calls = []
+
+    def pip(*arguments):
+        calls.append(arguments)
+        if arguments[0] == "download":
+            folder = Path(arguments[arguments.index("-d") + 1])
+            (folder / "einops-1.0-py3-none-any.whl").write_text("wheel")
+            return ""
+        constraints = Path(arguments[arguments.index("-c") + 1]).read_text()
+        assert constraints.splitlines() == ["torch==2.6.0", "numpy==2.1.0"]
+        names = ("torch", "Numpy", "nvidia_nccl_cu12", "einops", "stylemaster")
+        return json.dumps(resolved(*names))
+
+    monkeypatch.setattr(gpu_bundle, "_pip", pip)
+    options = ["--bundle", str(tmp_path / "packed"), "--has", str(tmp_path / "has.txt")]
+    assert gpu.main([*options, "--has-python", "3.10"]) == 0
+    assert calls[1][-1] == "einops==1.0" and calls[1][-2] != "torch==1.0"
+    assert all(call[call.index("--python-version") + 1] == "3.10" for call in calls)
+    paths = sorted((tmp_path / "packed").iterdir())
+    assert max(path.stat().st_size for path in paths) <= 20 * 2**20
+    with tarfile.open(fileobj=io.BytesIO(b"".join(path.read_bytes() for path in paths))) as tar:
+        names = set(tar.getnames())
+    assert "wheels/einops-1.0-py3-none-any.whl" in names
+    assert {"Makefile", "bench/gpu.py", "stylemaster_core/tiny/transformer.safetensors"} <= names
+    assert gpu.main(options) == 2, "the folder holds something"
+
+
+@pytest.mark.parametrize("text", [None, "numpy==2.1.0\n"])
+def test_a_bundle_needs_to_know_the_machine(tmp_path, text, capsys):
+    path = tmp_path / "has.txt"
+    if text is not None:
+        path.write_text(text)
+    assert gpu.main(["--bundle", str(tmp_path / "packed"), "--has", str(path)]) == 2
+    assert "torch" in capsys.readouterr().err or text is None
+    assert not (tmp_path / "packed").exists()
