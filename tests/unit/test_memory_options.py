@@ -120,6 +120,10 @@ def test_offloaded_parameters_meet_the_right_device(monkeypatch):
         assert net.blocks[0].attn1.to_q.weight.device == CPU
 
 
+# PyTorch 2.4 takes each block for a function of its own: it compiles as often, times the blocks.
+OWN_GRAPHS = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 5)
+
+
 @pytest.fixture
 def graphs(net):
     torch._dynamo.reset()
@@ -132,13 +136,14 @@ def graphs(net):
 def test_one_graph_for_all_blocks_and_styles(net, arguments, tokens, graphs):
     exact = load_transformer({k: v for k, v in _release_weights(net).items()}, num_heads=2)
     first = net(*arguments, style=tokens)
-    assert graphs.frame_count == 1
+    count = len(net.blocks) if OWN_GRAPHS else 1
+    assert graphs.frame_count == count
     torch.testing.assert_close(first, exact(*arguments, style=tokens))
     for scale in (0.5, -1.0, 2.0):
         for other in (tokens, tokens.flip(1), torch.zeros_like(tokens)):
             net(*arguments, style=[StyleRegion(other, scale=scale)])
     net(arguments[0] + 1, torch.tensor([3.0]), arguments[2] * 2, style=tokens)
-    assert graphs.frame_count == 1
+    assert graphs.frame_count == count
 
 
 def _release_weights(net):
@@ -155,7 +160,7 @@ def test_the_optimised_path_adds_one_graph(net, arguments, tokens, graphs):
     """Blocks 1.. share one graph per shape of the batch, however often styles change."""
     both_paths(net, arguments, tokens)
     count = graphs.frame_count
-    assert count <= 2
+    assert count <= (2 * len(net.blocks) if OWN_GRAPHS else 2)
     for _ in range(3):
         tokens = tokens.flip(1) * 0.5
         both_paths(net, arguments, tokens)
@@ -169,7 +174,8 @@ def test_compiled_blocks_notice_the_motion_adapter(net, arguments, tokens, graph
     for scale in (-0.3, 0.4, 1.0, -0.7, 0.2, 0.9, -1.0, 0.6, -0.1, 0.3):
         with attached_motion(net, scale):
             results.append(net(*arguments, style=tokens))
-    assert graphs.frame_count == 2  # with and without, whatever the scale
+    count = 2 * len(net.blocks) if OWN_GRAPHS else 2
+    assert graphs.frame_count == count  # with and without, whatever the scale
     assert not any(torch.allclose(result, base) for result in results)
     assert not torch.allclose(results[0], results[1])
     assert torch.equal(net(*arguments, style=tokens), base)
