@@ -75,7 +75,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": platform.system(),
         "python": platform.python_version(),
-        **{x: importlib.metadata.version(x) for x in ("torch", "diffusers", "transformers")},
+        "torch": torch.__version__,
+        **{x: importlib.metadata.version(x) for x in ("diffusers", "transformers")},
     }
 
 

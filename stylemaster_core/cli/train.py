@@ -241,11 +241,18 @@ def _check_launch(cpu: bool) -> None:
 
     from accelerate import PartialState
 
+    from ..training.sharding import knows_fsdp_2
+
     spreads = any(os.environ.get(f"ACCELERATE_USE_{k}") == "true" for k in ("FSDP", "DEEPSPEED"))
     if spreads and cpu:
         raise UnsupportedHostError(
             "accelerate spreads weights (FSDP, DeepSpeed) over GPUs alone; leave out --cpu, or use "
             "a config of plain data parallelism"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not knows_fsdp_2():
+        raise UnsupportedHostError(
+            "FSDP 2 needs PyTorch 2.6 and accelerate 1.6 or newer; update them, or use a config of "
+            "plain data parallelism"
         )
     wanted = _num_processes()
     if wanted > 1 and PartialState(cpu=cpu).num_processes != wanted:

@@ -10,6 +10,15 @@ from ..errors import UnsupportedHostError
 from .config import TrainConfig
 
 
+def knows_fsdp_2() -> bool:
+    """Whether PyTorch and accelerate are new enough for FSDP 2."""
+    import torch.distributed.fsdp
+    from accelerate import FullyShardedDataParallelPlugin
+
+    fields = getattr(FullyShardedDataParallelPlugin, "__dataclass_fields__", {})
+    return hasattr(torch.distributed.fsdp, "fully_shard") and "fsdp_version" in fields
+
+
 def prepare_sharding(accelerator: Any, config: TrainConfig) -> bool:
     """Whether the weights are to be spread over processes, so that each holds a part alone.
 

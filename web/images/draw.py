@@ -154,7 +154,7 @@ def draw_thumbnails() -> None:
     s.picture((120, 300), styles["neon"], (120, 120), "style picture")
     s.arrow((222, 140), (320, 195))
     s.arrow((200, 290), (320, 245))
-    s.film((430, 220), (180, 120), "in seconds, on any computer")
+    s.film((430, 220), (180, 120), "without a graphics card")
     save_jpg(s, "tiny_video_to_video")
 
     s = sheet("Tiny: StyleCrafter")
