@@ -22,7 +22,8 @@ from .pixel_loss import PixelLoss
 SCALES = 1, 2, 4  # px of a pixel of each
 SQUARE = 16  # px, in which changes are gathered
 LEAST = 2e-5  # energy of a change that counts as nothing; pixels are in -1..1
-TEXTURE_WEIGHT, FEATURE_WEIGHT = 0.25, 0.3
+TEXTURE_WEIGHT = 0.25
+FEATURE_WEIGHTS = 0.3, 0.75  # of parts of the picture, and of the whole
 # Light, and two planes of colour, of RGB.
 PLANES = (0.299, 0.587, 0.114), (0.5, -0.419, -0.081), (-0.169, -0.331, 0.5)
 
@@ -81,7 +82,7 @@ class TextureLoss(nn.Module):
 
 
 class FeatureLoss(nn.Module):
-    """Differences of what the style encoder sees, in parts of the picture and on the whole."""
+    """Relative errors of what the style encoder sees, in parts of the picture and on the whole."""
 
     mean: Tensor
     std: Tensor
@@ -96,9 +97,10 @@ class FeatureLoss(nn.Module):
     def forward(self, predicted: Tensor, wanted: Tensor) -> Tensor:
         """Loss [B] of the last of pictures [B, t, 3, H, W]."""
         total = torch.zeros(len(wanted), device=wanted.device)
-        for a, b in zip(self._features(predicted), self._features(wanted), strict=True):
-            spread = b.var(dim=tuple(range(b.ndim - 1)), unbiased=False) + 1e-3
-            total = total + ((a - b).square() / spread).flatten(1).mean(1) / 2
+        pairs = zip(self._features(predicted), self._features(wanted), FEATURE_WEIGHTS, strict=True)
+        for a, b, weight in pairs:
+            error, size = (x.square().flatten(1).mean(1) for x in (a - b, b))
+            total = total + weight * error / size
         return total
 
     def _features(self, picture: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,4 +126,4 @@ class PictureLoss(nn.Module):
             predicted = self.picture(clean - sigmas.view(-1, 1, 1, 1, 1) * error)
             wanted = self.picture(clean)
             texture, features = self.texture(predicted, wanted), self.features(predicted, wanted)
-            return self.pixels(error) + TEXTURE_WEIGHT * texture + FEATURE_WEIGHT * features
+            return self.pixels(error) + TEXTURE_WEIGHT * texture + features

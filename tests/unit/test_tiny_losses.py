@@ -98,6 +98,8 @@ def test_features_are_those_of_the_style_encoder(encoder, side):
     assert loss(wanted, wanted).abs().max() == 0
     near, far = loss(0.9 * wanted, wanted), loss(0 * wanted, wanted)
     assert (near > 0).all() and (near < far).all()
+    # A sample costs the same on its own.
+    torch.testing.assert_close(loss(0.9 * wanted[:1], wanted[:1]), near[:1])
     assert loss(torch.cat([0 * wanted[:, :1], wanted[:, 1:]], 1), wanted).abs().max() == 0
 
 
