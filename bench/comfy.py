@@ -345,6 +345,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="of each run")
     parser.add_argument("--repeat", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: all (%(default)s)")
+    parser.add_argument("--server-device", choices=("cpu", "gpu"), default="cpu")
     add_output(parser)
     return parser.parse_args(argv)
 
@@ -435,7 +436,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             models = base / "small_models"
             write_server_models(models)
             say(f"server: starting ComfyUI {checkout.version}")
-            with server.ComfyServer(checkout, base / "server", models) as comfy:
+            on_cpu = args.server_device == "cpu"
+            with server.ComfyServer(checkout, base / "server", models, on_cpu=on_cpu) as comfy:
                 report["server"] = measure_server(comfy)
     return report
 

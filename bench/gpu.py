@@ -2,9 +2,10 @@
 
 A piece that has its file under --out is not run again. The order gives the most in little time:
 `right` (does the device compute what the CPU does), `tiny` (train the small model), `fast` (time a
-generation at real size), `train` (time each trainer). With `--toy --device cpu` every piece runs
-its real code in seconds, to rehearse it where there is no GPU. `--bundle DIR` packs all of it for a
-machine without a network; see `gpu_bundle`.
+generation at real size), `train` (time each trainer), `comfy` (the nodes in ComfyUI, where
+COMFYUI_PATH names one). With `--toy --device cpu` every piece runs its real code in seconds, to
+rehearse it where there is no GPU. `--bundle DIR` packs all of it for a machine without a network;
+see `gpu_bundle`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from stylemaster_core.errors import ConfigError, StyleMasterError
 from stylemaster_core.pipelines.models import choose_device
 
-from . import generate, train
+from . import comfy, generate, train
 from .gpu_bundle import write_gpu_bundle
 from .gpu_right import check_device
 from .runner import Report, machine_facts, write_json
@@ -78,6 +79,20 @@ def tiny(args: argparse.Namespace) -> Report:
     return {"stages": stages, "failed": failed}
 
 
+def comfyui(args: argparse.Namespace) -> Report:
+    """The nodes on a server of ComfyUI, with the tests' small models: at all sizes the same."""
+    if not (os.environ.get("COMFYUI_PATHS") or os.environ.get("COMFYUI_PATH")):
+        return {"skipped": "no COMFYUI_PATH names a ComfyUI"}
+    device = "cpu" if choose_device(args.device).type == "cpu" else "gpu"
+    parsed = comfy.parse_arguments(["--parts", "server", "--server-device", device])
+    try:
+        report = comfy.benchmark(parsed)
+    except comfy.ERRORS as error:
+        return {"failed": [str(error)]}
+    comfy.print_report(report)
+    return {"report": report, "failed": []}
+
+
 def call(command: list[str]) -> int:
     """Run a command in the repository; its exit status."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -89,6 +104,7 @@ PIECES: dict[str, Callable[[argparse.Namespace], Report]] = {
     "tiny": tiny,
     "fast": fast,
     "train": training,
+    "comfy": comfyui,
 }
 
 
@@ -144,6 +160,9 @@ def run(args: argparse.Namespace) -> int:
             return UNFINISHED
         if not any(report.values()):
             report["failed"] = ["it reported nothing"]
+        if "skipped" in report:
+            print(f"{name}: skipped: {report['skipped']}")
+            continue
         facts = {"seconds": round(time.monotonic() - began, 1), "toy": args.toy}
         write_json(path, {"machine": machine_facts(device), **facts, **report})
         for words in report["failed"]:

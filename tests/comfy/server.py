@@ -82,10 +82,10 @@ def _checkout(path: Path, source: str) -> Checkout:
     return Checkout(path.absolute(), python.absolute(), version.group(1) if version else "unknown")
 
 
-def environment() -> dict[str, str]:
+def environment(*, on_cpu: bool = True) -> dict[str, str]:
     """What ComfyUI's Python is started with: offline, on few threads."""
-    shim = str(HERE / "cpu_torchvision")
-    paths = [shim, *filter(None, [os.environ.get("PYTHONPATH")])]
+    shim = str(HERE / "cpu_torchvision") if on_cpu else None
+    paths = list(filter(None, [shim, os.environ.get("PYTHONPATH")]))
     return {
         "OMP_NUM_THREADS": "2",
         **os.environ,
@@ -131,14 +131,23 @@ def imports_of_packs(log: str) -> dict[str, PackImport]:
 
 
 class ComfyServer:
-    """A ComfyUI server on the CPU with this pack and the stubs as its only custom nodes.
+    """A ComfyUI server with this pack and the stubs as its only custom nodes.
 
     Use it as a context manager. All that it writes lies under `base`.
     """
 
-    def __init__(self, checkout: Checkout, base: Path, models: Path, pack: Path = PACK) -> None:
+    def __init__(
+        self,
+        checkout: Checkout,
+        base: Path,
+        models: Path,
+        pack: Path = PACK,
+        *,
+        on_cpu: bool = True,
+    ) -> None:
         """Prepare a base directory; `models` and the pack are linked into it."""
         self.checkout = checkout
+        self.on_cpu = on_cpu
         self.base = base
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -178,14 +187,15 @@ class ComfyServer:
             "--database-url": f"sqlite:///{self.base}/comfyui.db",
             "--preview-method": "latent2rgb",
         }
-        flags = ["--cpu", "--disable-auto-launch", "--disable-api-nodes", "--log-stdout"]
+        flags = ["--disable-auto-launch", "--disable-api-nodes", "--log-stdout"]
+        flags += ["--cpu"] if self.on_cpu else []
         command = [str(self.checkout.python), "main.py", *flags]
         command += [word for option in options.items() for word in option]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 cwd=self.checkout.path,
-                env=environment(),
+                env=environment(on_cpu=self.on_cpu),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

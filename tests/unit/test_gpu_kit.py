@@ -75,8 +75,19 @@ def test_a_part_of_the_recipe_is_trained(tmp_path, monkeypatch):
 
 
 def test_unknown_pieces():
-    with pytest.raises(ConfigError, match="choose from right, tiny, fast, train"):
+    with pytest.raises(ConfigError, match="choose from right, tiny, fast, train, comfy"):
         gpu.run(gpu.parse_arguments(["--only", "x"]))
+
+
+def test_comfyui_runs_where_one_is_named(tmp_path, monkeypatch, capsys):
+    for name in ("COMFYUI_PATHS", "COMFYUI_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert call(tmp_path, "--only", "comfy") == 0
+    assert "skipped: no COMFYUI_PATH" in capsys.readouterr().out
+    assert not (tmp_path / "comfy.json").exists(), "it can be run later"
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    assert call(tmp_path, "--only", "comfy") == 1, "no ComfyUI is there"
+    assert "comfyui_version.py" in capsys.readouterr().err
 
 
 def test_a_piece_that_reports_nothing_has_failed(tmp_path, monkeypatch, capsys):
