@@ -1,4 +1,8 @@
-"""Processes that are forked from the tests, as one of its own would import everything first."""
+"""Processes forked from one that has imported everything, which each would do for 10 s first.
+
+Not from the tests themselves: where PyTorch started threads for gradients, as it does with CUDA in
+it, a process that is forked afterwards can compute none.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,17 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+
+ROOT = Path(__file__).parents[1]
+SERVER: Any = None
+if hasattr(os, "fork"):
+    SERVER = multiprocessing.get_context("forkserver")
+    SERVER.set_forkserver_preload(["accelerate", "tests.unit.test_training_loop"])
 
 
 def fork(function: Callable[..., object], *arguments: object, said: Path | None = None,
@@ -27,18 +38,20 @@ def fork(function: Callable[..., object], *arguments: object, said: Path | None 
         own_group: whether the process leads a process group of its own.
         environment: variables to add to the environment.
     """
-    if not hasattr(os, "fork"):
+    if SERVER is None:
         pytest.skip("Windows has no fork")
-    process = multiprocessing.get_context("fork").Process(
-        target=_call, args=(function, arguments, said, own_group, environment or {})
-    )
-    process.start()
+    everything = dict(os.environ) | (environment or {})  # the server's is that of its start
+    process = SERVER.Process(target=_call, args=(function, arguments, said, own_group, everything))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # in Python 3.10 a server has no path of ours
+        process.start()
     return process
 
 
 def _call(function, arguments, said, own_group, environment):
     if own_group:
         os.setsid()
+    os.environ.clear()
     os.environ.update(environment)
     for number, handler in ((signal.SIGINT, signal.default_int_handler),
                             (signal.SIGTERM, signal.SIG_DFL)):  # fmt: skip
