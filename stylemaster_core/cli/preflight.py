@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +24,14 @@ def stand_in(size: Size) -> np.ndarray:
 
 
 def check_room(
-    output: Path, result: Size, source: Size | None, *, device: str, video: bool, option: str | None
+    output: Path,
+    result: Size,
+    source: Size | None,
+    *,
+    device: str,
+    video: bool,
+    option: str | None,
+    others: Sequence[str] = (),
 ) -> None:
     """Refuse what memory or disk cannot hold.
 
@@ -35,13 +42,14 @@ def check_room(
         device: as on the command line.
         video: whether the result is a video.
         option: the one that makes a video shorter.
+        others: options that need less memory.
 
     Raises:
         StyleMasterError: with the options that make it fit.
     """
     chosen = choose_device(device)
     needs = estimate_needs(result, source, gpu=chosen.type != "cpu", video=video)
-    check_memory(needs, chosen, result, option=option if video else None)
+    check_memory(needs, chosen, result, option=option if video else None, others=others)
     smaller = " or ".join([option, "--size"] if video and option else ["--size"])
     advice = f"make room, choose another place, or pass a smaller {smaller}"
     check_space(output, needs.disk, "the result", advice)

@@ -6,11 +6,15 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from ..data.videos import VideoClip
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -58,3 +62,41 @@ def tell_result(
         "seconds": seconds,
     }
     sys.stdout.write(json.dumps(report) + "\n")
+
+
+def write_clip(
+    args: argparse.Namespace,
+    path: Path,
+    frames: np.ndarray | Iterable[np.ndarray],
+    clip: VideoClip,
+    *,
+    num_frames: int,
+    alpha: np.ndarray | None = None,
+) -> None:
+    """Write a video with what belongs to its input.
+
+    Args:
+        args: with the options of writing.
+        path: the new file.
+        frames: uint8 [T, H, W, 3], or an iterable of such chunks.
+        clip: the input; its frames are not looked at.
+        num_frames: how many there are.
+        alpha: uint8 [T, H, W] opacity of the frames.
+    """
+    from ..data.videos import write_video
+
+    write_video(
+        path,
+        frames,
+        fps=clip.fps,
+        times_s=None if clip.times_s is None else clip.times_s[: num_frames + 1],
+        pixel_aspect=clip.pixel_aspect,
+        alpha=alpha,
+        tags=clip.tags,
+        audio_from=clip.audio_from,
+        audio_start_s=clip.start_s,
+        codec=args.codec,
+        crf=args.crf,
+        quality=args.quality,
+        overwrite=args.overwrite,
+    )

@@ -21,7 +21,7 @@ from .model_options import (
     parse_range,
     parse_size,
 )
-from .results import add_output_options, say, tell_result
+from .results import add_output_options, say, tell_result, write_clip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,7 @@ TASKS = ("text-to-video", "video-to-video", "text-to-image", "image-to-image")
 def add_parser(subparsers: Any) -> None:
     """Add `stylize` to the command line."""
     from ..data.videos import Codec
+    from .film import add_film_options
     from .style_options import add_style_options
 
     parser = subparsers.add_parser("stylize", description=__doc__)
@@ -124,6 +125,7 @@ def add_parser(subparsers: Any) -> None:
         help="begin every frame from the same noise: less flicker in a restyled video, from models "
         f"that learned it (flow.same_noise); {_default('same_noise')}",
     )
+    add_film_options(parser)
     add_output_options(parser)
     add_lora_option(add_model_options(parser), "Wan")
 
@@ -136,14 +138,17 @@ def run(args: argparse.Namespace) -> int:
     from ..data.videos import VideoClip, as_fps
     from ..pipelines.stylize import check_config, needed_files, result_size, stylize
     from ..writing import check_place, write_or_rescue
+    from .film import check_film_options, run_film
     from .preflight import check_room, stand_in, try_writing
     from .style_options import check_style_options, open_styles, style_regions
 
     started = time.perf_counter()
     task = _task(args)
     _check_output(args, task)
+    check_film_options(args, task)
     fps = None if args.fps is None else as_fps(args.fps)
-    check_place(args.output, overwrite=args.overwrite)
+    if not args.stream:
+        check_place(args.output, overwrite=args.overwrite)
     check_style_options(args)
     info = _probe_input(args, task)
     source = None if info is None else _source_size(args, info, fps)
@@ -151,6 +156,8 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args, task, blank)
     check_config(config, blank)
     size = result_size(config, source)
+    if args.stream and source is not None:
+        return run_film(args, config, source, fps)
     check_room(
         args.output,
         size,
@@ -158,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         video=task.endswith("video"),
         option="--frames" if source is None else "--max-frames",
+        others=("--stream",) if args.video else (),
     )
 
     clip = _read_input(args, fps) or VideoClip(
@@ -235,7 +243,6 @@ def _write(
 
     from ..data.gray_tile import cover_resize
     from ..data.images import write_image
-    from ..data.videos import write_video
 
     alpha = None
     if clip.alpha is not None:
@@ -251,21 +258,7 @@ def _write(
             overwrite=args.overwrite,
         )
         return
-    write_video(
-        path,
-        frames,
-        fps=clip.fps,
-        times_s=None if clip.times_s is None else clip.times_s[: len(frames) + 1],
-        pixel_aspect=clip.pixel_aspect,
-        alpha=alpha,
-        tags=clip.tags,
-        audio_from=clip.audio_from,
-        audio_start_s=clip.start_s,
-        codec=args.codec,
-        crf=args.crf,
-        quality=args.quality,
-        overwrite=args.overwrite,
-    )
+    write_clip(args, path, frames, clip, num_frames=len(frames), alpha=alpha)
 
 
 def _probe_input(args: argparse.Namespace, task: str) -> VideoInfo | None:

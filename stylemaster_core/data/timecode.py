@@ -34,14 +34,11 @@ def later_timecode(timecode: str, frames: int, fps: Fraction) -> str | None:
     Source: SMPTE ST 12-1: drop-frame skips the first 2 (at 60 a second, 4) numbers of every minute
     but each tenth.
     """
-    match = _TIMECODE.fullmatch(timecode)
-    rate = round(fps)
-    if match is None or rate < 1 or int(match[5]) >= rate:
+    counted = _counted(timecode, fps)
+    if counted is None:
         return None
-    hours, minutes, seconds, number = (int(match[group]) for group in (1, 2, 3, 5))
-    dropped = round(rate / 15) if match[4] != ":" and rate % 30 == 0 else 0
-    minutes += 60 * hours
-    count = (minutes * 60 + seconds) * rate + number - dropped * (minutes - minutes // 10)
+    count, mark, dropped = counted
+    rate = round(fps)
     count += frames
     per_ten = 600 * rate - 9 * dropped
     count %= 144 * per_ten  # a day
@@ -50,4 +47,23 @@ def later_timecode(timecode: str, frames: int, fps: Fraction) -> str | None:
     count += dropped * (9 * tens + skipped)
     seconds, number = divmod(count, rate)
     clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-    return f"{clock}{match[4]}{number:02}"
+    return f"{clock}{mark}{number:02}"
+
+
+def frames_of_timecode(timecode: str, fps: Fraction) -> int | None:
+    """How many frames after 00:00:00:00 a timecode is; None if it is none of this rate."""
+    counted = _counted(timecode, fps)
+    return None if counted is None else counted[0]
+
+
+def _counted(timecode: str, fps: Fraction) -> tuple[int, str, int] | None:
+    """Frames since midnight, the mark before the last number, and how many numbers it drops."""
+    match = _TIMECODE.fullmatch(timecode)
+    rate = round(fps)
+    if match is None or rate < 1 or int(match[5]) >= rate:
+        return None
+    hours, minutes, seconds, number = (int(match[group]) for group in (1, 2, 3, 5))
+    dropped = round(rate / 15) if match[4] != ":" and rate % 30 == 0 else 0
+    minutes += 60 * hours
+    count = (minutes * 60 + seconds) * rate + number - dropped * (minutes - minutes // 10)
+    return count, match[4], dropped

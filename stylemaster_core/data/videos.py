@@ -39,6 +39,7 @@ __all__ = [
     "WRITTEN_ENDINGS",
     "Codec",
     "VideoClip",
+    "VideoFrames",
     "VideoInfo",
     "as_fps",
     "check_numbered",
@@ -193,41 +194,97 @@ def read_video(
         ConfigError: if a number is out of range.
         LayoutError: if the file is missing, damaged, has no video, or no frame is left.
     """
-    _check_range(start_frame, max_frames)
-    rate = None if fps is None else as_fps(fps)
-    path = existing(path)
-    facts = _facts(path)
-    num_frames = facts.num_frames
-    if rate is not None:
-        num_frames = len(pick_at_rate(facts.timing, facts.num_frames, rate))
-    wanted = max(num_frames - start_frame, 0)
-    wanted = wanted if max_frames is None else min(wanted, max_frames)
-    convert = FrameConverter(path, keep_alpha=keep_alpha)
-    source = _of_one_size(_decoded(path, convert), path)
-    if rate is not None:
-        gap_s, length_s = usual_gap_s(facts.timing), _length_s(facts)
-        source = at_rate(source, rate, gap_s=gap_s, duration_s=length_s)
-    stop = None if max_frames is None else start_frame + max_frames
-    frames, starts_s, last_s = _gather(path, islice(source, stop), start_frame, wanted)
-    if frames is None:
-        raise _no_frame(path, start_frame)
-    _warn_if_cut(path, facts, wanted, len(frames), whole=max_frames is None)
-    timing = Timing(rate) if rate is not None else _timing(facts, starts_s, start_frame, last_s)
-    if rate is not None or facts.timing.times_s is None or np.isnan(starts_s).any():
-        start_s = float(start_frame / timing.fps)
-    else:
-        start_s = starts_s[start_frame] - starts_s[0]
-    audio_from = path if facts.has_audio else None
-    return VideoClip(
-        frames[..., :3],
-        timing.fps,
-        audio_from,
-        start_s,
-        timing.times_s,
-        pixel_aspect=_upright_aspect(facts, convert),
-        alpha=frames[..., 3] if frames.shape[-1] == 4 else None,
-        tags=tags_at(facts.tags, start_frame, facts.timing.fps, timing.fps),
+    source = VideoFrames(
+        path, start_frame=start_frame, max_frames=max_frames, fps=fps, keep_alpha=keep_alpha
     )
+    return source.clip(_gather(source))
+
+
+class VideoFrames:
+    """The frames of a video one by one; what belongs to them is known once all were read.
+
+    Attributes:
+        path: the video.
+        num_frames: as the container announces; a damaged file may hold fewer.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        start_frame: int = 0,
+        max_frames: int | None = None,
+        fps: float | Fraction | None = None,
+        keep_alpha: bool = False,
+    ) -> None:
+        """Look at the file; arguments and errors as `read_video`."""
+        _check_range(start_frame, max_frames)
+        self.path = existing(path)
+        self.start_frame, self.max_frames = start_frame, max_frames
+        self._rate = None if fps is None else as_fps(fps)
+        self._facts = facts = _facts(self.path)
+        num_frames = facts.num_frames
+        if self._rate is not None:
+            num_frames = len(pick_at_rate(facts.timing, facts.num_frames, self._rate))
+        wanted = max(num_frames - start_frame, 0)
+        self.num_frames = wanted if max_frames is None else min(wanted, max_frames)
+        self._convert = FrameConverter(self.path, keep_alpha=keep_alpha)
+        self._starts_s: list[float] = []
+        self._last_s: float | None = None
+
+    @property
+    def fps(self) -> Fraction:
+        """Frames per second; the average where the rate varies."""
+        return self._rate or self._facts.timing.fps
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Decode from the beginning: uint8 [H, W, 3], or [H, W, 4] with opacity.
+
+        Raises:
+            LayoutError: if the file is damaged, or no frame is left.
+        """
+        source = _of_one_size(_decoded(self.path, self._convert), self.path)
+        if self._rate is not None:
+            gap_s, length_s = usual_gap_s(self._facts.timing), _length_s(self._facts)
+            source = at_rate(source, self._rate, gap_s=gap_s, duration_s=length_s)
+        stop = None if self.max_frames is None else self.start_frame + self.max_frames
+        self._starts_s, self._last_s = [], None
+        for index, frame in enumerate(islice(source, stop)):
+            self._starts_s.append(np.nan if frame.start_s is None else frame.start_s)
+            if index >= self.start_frame:
+                self._last_s = frame.duration_s
+                yield frame.pixels
+        if len(self._starts_s) <= self.start_frame:
+            raise _no_frame(self.path, self.start_frame)
+        found = len(self._starts_s) - self.start_frame
+        whole = self.max_frames is None
+        _warn_if_cut(self.path, self._facts, self.num_frames, found, whole=whole)
+
+    def clip(self, frames: np.ndarray) -> VideoClip:
+        """The clip of these frames, all of which were read before.
+
+        Args:
+            frames: uint8 [T, H, W, 3 or 4]; none, for what belongs to them alone.
+        """
+        facts, starts_s, rate = self._facts, self._starts_s, self._rate
+        if rate is not None:
+            timing = Timing(rate)
+        else:
+            timing = _timing(facts, starts_s, self.start_frame, self._last_s)
+        if rate is not None or facts.timing.times_s is None or np.isnan(starts_s).any():
+            start_s = float(self.start_frame / timing.fps)
+        else:
+            start_s = starts_s[self.start_frame] - starts_s[0]
+        return VideoClip(
+            frames[..., :3],
+            timing.fps,
+            self.path if facts.has_audio else None,
+            start_s,
+            timing.times_s,
+            pixel_aspect=_upright_aspect(facts, self._convert),
+            alpha=frames[..., 3] if frames.shape[-1] == 4 else None,
+            tags=tags_at(facts.tags, self.start_frame, facts.timing.fps, timing.fps),
+        )
 
 
 def _check_range(start_frame: int, max_frames: int | None) -> None:
@@ -274,32 +331,21 @@ def _timing(
     return timing_of(starts_s[start_frame:], last_s, (facts.timing.fps, *facts.rates), facts.tick_s)
 
 
-def _gather(
-    path: Path, source: Iterator[TimedFrame], start_frame: int, wanted: int
-) -> tuple[np.ndarray | None, list[float], float | None]:
-    """Collect the frames from `start_frame` on in an array that is made once.
-
-    Returns:
-        The frames, None without any; where every frame begins, also those before the start,
-        not a number where the file does not say; how long the last is shown.
-    """
-    frames, count, last_s = None, 0, None
-    starts_s: list[float] = []
-    for frame in source:
-        starts_s.append(np.nan if frame.start_s is None else frame.start_s)
-        if len(starts_s) <= start_frame:
-            continue
-        if frames is None:
-            check_frames_fit(path, max(wanted, 1), frame.pixels.shape)
-            frames = np.empty((max(wanted, 1), *frame.pixels.shape), np.uint8)
+def _gather(source: VideoFrames) -> np.ndarray:
+    """Collect frames in an array that is made once."""
+    frames, count, wanted = np.empty((0, 0, 0, 3), np.uint8), 0, max(source.num_frames, 1)
+    for pixels in source:
+        if count == 0:
+            check_frames_fit(source.path, wanted, pixels.shape)
+            frames = np.empty((wanted, *pixels.shape), np.uint8)
         elif count == len(frames):
             # In place: the container counted too few.
             frames.resize((count + count // 2 + 1, *frames.shape[1:]), refcheck=False)
-        frames[count] = frame.pixels
-        count, last_s = count + 1, frame.duration_s
-    if frames is not None and count < len(frames):
+        frames[count] = pixels
+        count += 1
+    if count < len(frames):
         frames.resize((count, *frames.shape[1:]), refcheck=False)
-    return frames, starts_s, last_s
+    return frames
 
 
 def _warn_if_cut(path: Path, facts: VideoFacts, wanted: int, found: int, *, whole: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ..layouts import fit_size, padded_num_frames
 
 # Bytes a pixel of x264 and VP9 at crf 16 on a textured clip of 832 x 480; grain needs six times it.
 VIDEO_BYTES_PER_PX = 0.05
+LOSSLESS_BYTES_PER_PX = 1.5  # of FFV1 on restyled frames
 PICTURE_BYTES_PER_PX = 3.0  # of a PNG that cannot be compressed
 # Decoding holds the float32 video twice, before and after it is limited to -1..1.
 DECODED_BYTES_PER_PX = 24
@@ -53,7 +55,12 @@ def estimate_needs(
 
 
 def check_memory(
-    needs: Needs, device: torch.device, result: tuple[int, int, int], *, option: str | None
+    needs: Needs,
+    device: torch.device,
+    result: tuple[int, int, int],
+    *,
+    option: str | None,
+    others: Sequence[str] = (),
 ) -> None:
     """Refuse what cannot fit, with the numbers that would.
 
@@ -62,6 +69,7 @@ def check_memory(
         device: of the VAE.
         result: (frames, height, width).
         option: the one that shortens the video; None for a picture.
+        others: options that need less memory, whatever the size.
 
     Raises:
         ConfigError: if a memory is too small.
@@ -74,7 +82,7 @@ def check_memory(
             continue
         num_frames, height, width = result
         share = max(free, 0) / needed
-        choices = []
+        choices = list(others)
         if option is not None and int(num_frames * share) >= 1:
             choices.append(f"{option} {int(num_frames * share)}")
         side = math.sqrt(share)

@@ -85,9 +85,14 @@ def contact_sheet(rows: Sequence[Row], side_px: int = 192) -> np.ndarray:
         for column, text in enumerate(labels):
             draw.text((column * side_px + 4, top + 3), text, fill="black")
         for column, picture in enumerate(pictures):
-            fitted = ImageOps.contain(Image.fromarray(picture), (side_px - 4, side_px - 4))
-            sheet.paste(fitted, (column * side_px + 2, top + LABEL_PX))
+            small = Image.fromarray(fitted(picture, side_px))
+            sheet.paste(small, (column * side_px + 2, top + LABEL_PX))
     return np.asarray(sheet)
+
+
+def fitted(picture: np.ndarray, side_px: int = 192) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], at the size at which a contact sheet shows it."""
+    return np.asarray(ImageOps.contain(Image.fromarray(picture), (side_px - 4, side_px - 4)))
 
 
 def _cut(draw: ImageDraw.ImageDraw, text: str, width_px: int) -> str:

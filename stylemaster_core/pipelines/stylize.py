@@ -26,7 +26,7 @@ from ..layouts import (
 from ..models.decoupled_attention import StyleRegion, check_overlap
 from ..models.motion_adapter import attached_motion
 from ..models.style_tokens import Style
-from ..sampling.denoise import Callback, denoise
+from ..sampling.denoise import Callback, Lead, denoise
 from ..sampling.samplers import SamplerName
 from ..sampling.schedules import add_noise, flow_match_sigmas, same_in_every_frame
 from ..sampling.windows import WindowConfig
@@ -62,6 +62,7 @@ class StylizeConfig:
     windows: WindowConfig | None = field(default_factory=WindowConfig)
     batch_branches: bool = False
     same_noise: bool = False  # in every frame, from the first: a restyled video flickers less
+    noise_frames: int | None = None  # of latents that are drawn, if more than needed
 
 
 class Stylized(NamedTuple):
@@ -78,6 +79,7 @@ def stylize(
     config: StylizeConfig,
     *,
     frames: np.ndarray | None = None,
+    lead: Tensor | None = None,
     callback: Callback | None = None,
     stage: Callable[[str], None] = lambda name: None,
 ) -> Stylized:
@@ -89,6 +91,7 @@ def stylize(
             styles; None generates without style.
         config: task and settings.
         frames: uint8 [T, H, W, 3] input of video-to-video and image-to-image; any size and length.
+        lead: [1, 16, k, h, w] clean latents that the result begins with, to go on from.
         callback: called after each step with `StepProgress`; an exception from it ends the run.
         stage: called with the name of each stage.
 
@@ -122,7 +125,10 @@ def stylize(
                 clean = vae.encode(frames_to_video(source))
 
     sigmas = flow_match_sigmas(config.num_steps, shift=config.shift, denoise=config.denoise)
-    latents = draw_noise((1, 16, t, h, w), config.seed, same=config.same_noise).to(models.device)
+    drawn = (1, 16, max(t, config.noise_frames or 0), h, w)
+    noise = draw_noise(drawn, config.seed, same=config.same_noise)
+    latents = noise[:, :, :t].to(models.device)
+    known = None if lead is None else Lead(lead.to(latents), latents[:, :, : lead.shape[2]].clone())
     if clean is not None:
         latents = add_noise(clean, latents, sigmas[0].item())
 
@@ -149,6 +155,7 @@ def stylize(
                 sampler=config.sampler,
                 batch_branches=config.batch_branches,
                 windows=config.windows,
+                lead=known,
             )
 
     stage("decoding")

@@ -13,7 +13,7 @@ from ..models.decoupled_attention import StyleRegion, check_overlap, region_mask
 from ..models.text_padding import merge_padding
 from .guidance import GuidanceWeights
 from .samplers import SamplerName, create_sampler
-from .schedules import TIMESTEPS, in_range
+from .schedules import TIMESTEPS, add_noise, in_range
 from .windows import WindowBlend, WindowConfig, plan_windows
 
 NullStyle = Literal["zero", "none"]
@@ -30,6 +30,19 @@ class StepProgress(NamedTuple):
 
 
 Callback = Callable[[StepProgress], object]
+
+
+class Lead(NamedTuple):
+    """What a video goes on from: its first latent frames, which are known."""
+
+    clean: Tensor  # [1 or B, 16, k, h, w] latents
+    noise: Tensor  # of the same shape, by which they are brought to each noise level
+
+    def put(self, latents: Tensor, sigma: float) -> Tensor:
+        """Latents [B, 16, t, h, w] at noise level sigma, their first k frames replaced."""
+        known = add_noise(self.clean, self.noise, sigma).to(latents)
+        known = known.expand(len(latents), -1, -1, -1, -1)
+        return torch.cat([known, latents[:, :, known.shape[2] :]], dim=2)
 
 
 @torch.no_grad()
@@ -52,6 +65,7 @@ def denoise(
     null_style: NullStyle = "zero",
     batch_branches: bool = True,
     windows: WindowConfig | None = None,
+    lead: Lead | None = None,
 ) -> Tensor:
     """Sample from `sigmas[0]` down to `sigmas[-1]` with guidance by text and style.
 
@@ -78,6 +92,7 @@ def denoise(
             does) or skip the style branch (`none`).
         batch_branches: run the guidance branches as one batch, or one by one to save memory.
         windows: for long videos: overlapping windows of latent frames, blended at every step.
+        lead: clean first frames to go on from, noised to the level of each step, as in inpainting.
 
     Returns:
         [B, 16, t, h, w] latents in the dtype of the input.
@@ -89,6 +104,7 @@ def denoise(
     bfloat16.
     """
     _check(latents, sigmas, text, negative_text, text_scale, control_latents, control_range)
+    _check_lead(lead, latents)
     if (controlnet is None) != (control_latents is None):
         raise ConfigError("control needs both a control network and control latents; got only one")
     num_steps = len(sigmas) - 1
@@ -117,6 +133,8 @@ def denoise(
     timesteps = (sigmas[:-1].float() * TIMESTEPS).to(latents.device)
     levels = sigmas.tolist()
     for step in range(num_steps):
+        if lead is not None:
+            latents = lead.put(latents, levels[step])
         timestep = timesteps[step : step + 1]
         has_control = control_scale != 0 and in_range(step, num_steps, *control_range)
         velocities = []
@@ -139,7 +157,7 @@ def denoise(
             denoised = before - levels[step] * velocity
             callback(StepProgress(step, num_steps, levels[step], latents, denoised))
         del before
-    return latents
+    return latents if lead is None else lead.put(latents, levels[-1])
 
 
 def _weighted_sum(
@@ -254,3 +272,22 @@ def _check(
         raise ConfigError(
             f"the control range must satisfy 0 <= start <= end <= 1, got {start} to {end}"
         )
+
+
+def _check_lead(lead: Lead | None, latents: Tensor) -> None:
+    if lead is None:
+        return
+    clean, (batch, channels, num_frames, *size) = lead.clean, latents.shape
+    fits = clean.ndim == 5 and clean.shape[0] in (1, batch) and clean.shape[2] < num_frames
+    if not fits or [clean.shape[1], *clean.shape[3:]] != [channels, *size]:
+        raise LayoutError(
+            f"the frames to go on from are latents of {list(clean.shape)}; expected "
+            f"[1, {channels}, fewer than {num_frames}, {size[0]}, {size[1]}]"
+        )
+    if lead.noise.shape != clean.shape:
+        raise LayoutError(
+            f"the noise of the frames to go on from is {list(lead.noise.shape)}, they are "
+            f"{list(clean.shape)}; expected the same shape"
+        )
+    if not torch.isfinite(clean).all():
+        raise LayoutError("the latents to go on from hold NaN or infinity; check what made them")

@@ -6,7 +6,6 @@ interruption nor the number of processes changes what a step sees.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
+from ..seeds import seed_of
 
 Sample = dict[str, Tensor]
 
@@ -108,12 +108,6 @@ def split_validation(
         )
     order = permutation(len(dataset), seed, "validation")
     return Subset(dataset, sorted(order[count:])), Subset(dataset, sorted(order[:count]))
-
-
-def seed_of(*parts: object) -> int:
-    """A seed from names and numbers: equal parts give equal seeds, on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def generator_of(*parts: object) -> torch.Generator:
