@@ -69,13 +69,19 @@ def add_film_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def can_stream(args: argparse.Namespace) -> bool:
+    """Whether `--stream` could do what is asked for."""
+    from ..data.videos import VIDEO_CODECS
+
+    return bool(args.video) and args.output.suffix.lower() in VIDEO_CODECS
+
+
 def check_film_options(args: argparse.Namespace, task: str) -> None:
     """Refuse options of films that contradict others, before anything is read.
 
     Raises:
         ConfigError: naming them.
     """
-    from ..data.segment_files import check_leftovers
     from ..data.videos import VIDEO_CODECS
 
     if not args.stream:
@@ -98,7 +104,6 @@ def check_film_options(args: argparse.Namespace, task: str) -> None:
             f"--window {args.window}, --window-overlap {args.window_overlap}: segments go on from "
             "at least 4 frames of the one before, and are longer than that"
         )
-    check_leftovers(args.output, resume=args.resume)
 
 
 def run_film(
@@ -115,7 +120,7 @@ def run_film(
         source: (frames, height, width) of the film, as its file announces.
         fps: to which it is resampled; None as it is.
     """
-    from ..data.segment_files import open_segments
+    from ..data.segment_files import check_leftovers, open_segments
     from ..data.videos import VideoFrames
     from ..pipelines.film import plan_segments
     from ..pipelines.stylize import needed_files, result_size
@@ -124,7 +129,7 @@ def run_film(
     from .preflight import stand_in
 
     started = time.perf_counter()
-    if not args.resume:
+    if not check_leftovers(args.output, resume=args.resume):
         check_place(args.output, overwrite=args.overwrite)
     _check_room(args, config, source)
     film = VideoFrames(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def check_room(
     device: str,
     video: bool,
     option: str | None,
-    others: Sequence[str] = (),
+    segment_frames: int | None = None,
 ) -> None:
     """Refuse what memory or disk cannot hold.
 
@@ -42,14 +42,19 @@ def check_room(
         device: as on the command line.
         video: whether the result is a video.
         option: the one that makes a video shorter.
-        others: options that need less memory.
+        segment_frames: of a segment, where --stream can be.
 
     Raises:
         StyleMasterError: with the options that make it fit.
     """
     chosen = choose_device(device)
-    needs = estimate_needs(result, source, gpu=chosen.type != "cpu", video=video)
-    check_memory(needs, chosen, result, option=option if video else None, others=others)
+    gpu = chosen.type != "cpu"
+    needs, streamed = estimate_needs(result, source, gpu=gpu, video=video), None
+    if segment_frames is not None and source is not None:
+        count = min(segment_frames, source[0])
+        segment = (count, *result[1:])
+        streamed = estimate_needs(segment, (count, *source[1:]), gpu=gpu, video=video)
+    check_memory(needs, chosen, result, option=option if video else None, streamed=streamed)
     smaller = " or ".join([option, "--size"] if video and option else ["--size"])
     advice = f"make room, choose another place, or pass a smaller {smaller}"
     check_space(output, needs.disk, "the result", advice)

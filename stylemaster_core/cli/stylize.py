@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     from ..data.videos import VideoClip, as_fps
     from ..pipelines.stylize import check_config, needed_files, result_size, stylize
     from ..writing import check_place, write_or_rescue
-    from .film import check_film_options, run_film
+    from .film import can_stream, check_film_options, run_film
     from .preflight import check_room, stand_in, try_writing
     from .style_options import check_style_options, open_styles, style_regions
 
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         video=task.endswith("video"),
         option="--frames" if source is None else "--max-frames",
-        others=("--stream",) if args.video else (),
+        segment_frames=args.window if can_stream(args) else None,
     )
 
     clip = _read_input(args, fps) or VideoClip(

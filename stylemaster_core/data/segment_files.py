@@ -146,8 +146,11 @@ class SegmentFiles:
         )
 
 
-def check_leftovers(output: Path, *, resume: bool) -> None:
+def check_leftovers(output: Path, *, resume: bool) -> bool:
     """Refuse to begin where segments of the result lie already; and remove those of finished ones.
+
+    Returns:
+        Whether there are segments to go on from.
 
     Raises:
         ConfigError: naming the folder, unless `resume`.
@@ -160,6 +163,7 @@ def check_leftovers(output: Path, *, resume: bool) -> None:
             f"{left[0]} holds {_count(left[0])} finished segments of {output.name}; go on with "
             "--resume and the options of that run, or remove the folder, or choose another output"
         )
+    return bool(left)
 
 
 def open_segments(output: Path, job: Mapping[str, Any], lengths: Sequence[int]) -> SegmentFiles:

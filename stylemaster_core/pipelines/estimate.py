@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +59,7 @@ def check_memory(
     result: tuple[int, int, int],
     *,
     option: str | None,
-    others: Sequence[str] = (),
+    streamed: Needs | None = None,
 ) -> None:
     """Refuse what cannot fit, with the numbers that would.
 
@@ -69,20 +68,25 @@ def check_memory(
         device: of the VAE.
         result: (frames, height, width).
         option: the one that shortens the video; None for a picture.
-        others: options that need less memory, whatever the size.
+        streamed: of one segment, where --stream can be; it is named if that fits.
 
     Raises:
         ConfigError: if a memory is too small.
     """
-    places = [("main memory", needs.main, free_main_memory())]
-    if device.type == "cuda":
-        places.append(("memory of the GPU", needs.gpu, torch.cuda.mem_get_info(device)[0]))
+    main_free = free_main_memory()
+    gpu_free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else needs.gpu
+    places = [
+        ("main memory", needs.main, main_free),
+        ("memory of the GPU", needs.gpu, gpu_free),
+    ]
     for name, needed, free in places:
         if needed <= free:
             continue
         num_frames, height, width = result
         share = max(free, 0) / needed
-        choices = list(others)
+        choices = []
+        if streamed is not None and streamed.main <= main_free and streamed.gpu <= gpu_free:
+            choices.append("--stream")
         if option is not None and int(num_frames * share) >= 1:
             choices.append(f"{option} {int(num_frames * share)}")
         side = math.sqrt(share)
