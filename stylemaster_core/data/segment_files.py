@@ -160,8 +160,8 @@ def check_leftovers(output: Path, *, resume: bool) -> bool:
     left = _folders(output)
     if left and not resume:
         raise ConfigError(
-            f"{left[0]} holds {_count(left[0])} finished segments of {output.name}; go on with "
-            "--resume and the options of that run, or remove the folder, or choose another output"
+            f"{left[0]} holds {_count(left[0])} finished segments of {output.name}; resume "
+            "that run with its options, or remove the folder, or choose another output"
         )
     return bool(left)
 

@@ -47,8 +47,8 @@ class CutFinder:
         except ImportError as error:
             raise UnsupportedHostError(
                 "cuts are found by PySceneDetect, which is not installed: pip install "
-                "'stylemaster[shots]' (that is scenedetect-headless), or name the cuts with "
-                "--shots FILE, or pass --shots none for a film that is one shot"
+                "'stylemaster[shots]' (that is scenedetect-headless), or name the shots in a "
+                "list, or say that the film is one shot"
             ) from error
         self.cuts: list[int] = []
         self._fps, self._time = float(fps), FrameTimecode

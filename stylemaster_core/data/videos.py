@@ -333,9 +333,9 @@ def _timing(
 
 def _gather(source: VideoFrames) -> np.ndarray:
     """Collect frames in an array that is made once."""
-    frames, count, wanted = np.empty((0, 0, 0, 3), np.uint8), 0, max(source.num_frames, 1)
+    frames, count, wanted = None, 0, max(source.num_frames, 1)
     for pixels in source:
-        if count == 0:
+        if frames is None:
             check_frames_fit(source.path, wanted, pixels.shape)
             frames = np.empty((wanted, *pixels.shape), np.uint8)
         elif count == len(frames):
@@ -343,6 +343,7 @@ def _gather(source: VideoFrames) -> np.ndarray:
             frames.resize((count + count // 2 + 1, *frames.shape[1:]), refcheck=False)
         frames[count] = pixels
         count += 1
+    assert frames is not None  # a source without a frame is refused
     if count < len(frames):
         frames.resize((count, *frames.shape[1:]), refcheck=False)
     return frames

@@ -277,7 +277,7 @@ def test_segments_of_another_job_are_refused_in_words_and_left(tmp_path):
     kept = open_segments(output, JOB, [9])
     kept.add(np.zeros((9, 16, 16, 3), np.uint8), torch.zeros(1, 16, 1, 2, 2))
     kept.close()
-    with pytest.raises(ConfigError, match="1 finished segments of out.*--resume"):
+    with pytest.raises(ConfigError, match="1 finished segments of out.*resume that run"):
         check_leftovers(output, resume=False)
     check_leftovers(output, resume=True)
     with pytest.raises(ConfigError, match=r"another job.*differ in: --seed\)"):
@@ -379,7 +379,7 @@ def test_what_a_stopped_run_finished_is_gone_on_from_or_refused(
     monkeypatch.setattr(segment_files.SegmentFiles, "add", stop)
     assert run("stylize", output, *words) == 130
     assert run("stylize", output, *words) == 2
-    assert "holds 2 finished segments of out.mp4; go on with --resume" in capsys.readouterr().err
+    assert "holds 2 finished segments of out.mp4; resume that run" in capsys.readouterr().err
     assert run("stylize", output, *words, "--seed", 4, "--resume") == 2
     assert "another job for out.mp4 (they differ in: --seed, settings)" in capsys.readouterr().err
     assert len(list(stopped[0].glob("*.mkv"))) == 2 and not output.exists()

@@ -27,6 +27,7 @@ from stylemaster_core.sampling import denoise as denoise_module
 from stylemaster_core.sampling.windows import WindowConfig
 
 SIZES = {"num_heads": 2, "width": 24, "ffn_width": 32, "text_width": 10, "freq_width": 8}
+TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2])
 SIGMAS = flow_match_sigmas(3, shift=5.0)  # with content, unlike all that is made in a test
 
 
@@ -180,14 +181,17 @@ def test_one_graph_for_all_blocks_steps_and_styles(tiny_weights, tiny_inputs, ba
 
     compiled = generate(inputs.tokens)
     count = graphs.frame_count
-    assert count == (1 if batched else 2)  # one by one, the styled branch has a graph of its own
+    # One by one, the styled branch has a graph of its own. Block 0 is not compiled here; PyTorch
+    # 2.4 takes each of the others for a function of its own.
+    each = len(net.blocks) - 1 if TORCH < (2, 5) else 1
+    assert count == each * (1 if batched else 2)
     for tokens in (inputs.other_tokens, inputs.tokens * 2):
         for change in ({"scale": 0.5}, {"block_scales": [1.0, 0.0, 2.0]}, {"end": 1.0}):
             generate(tokens, **change)
     assert graphs.frame_count == count
     for start in (0.3, 0.5, 0.6):  # without the styled branch a batch is smaller
         generate(inputs.tokens, start=start)
-    assert graphs.frame_count == count + batched
+    assert graphs.frame_count == count + each * batched
     torch._dynamo.reset()
     net = load_transformer(weights, num_heads=2)
     torch.testing.assert_close(compiled, generate(inputs.tokens))

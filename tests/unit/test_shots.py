@@ -41,7 +41,7 @@ def test_without_the_library_the_refusal_says_how_to_get_it(monkeypatch):
         return inner(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UnsupportedHostError, match=r"pip install 'stylemaster\[shots\]'.*--shots"):
+    with pytest.raises(UnsupportedHostError, match=r"pip install 'stylemaster\[shots\]'.*one shot"):
         CutFinder(Fraction(24))
 
 
