@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import ConfigError
 from ..sampling.samplers import SamplerName
+from ..sampling.speed import SpeedName
 from .model_options import (
     TINY,
     TINY_STYLECRAFTER,
@@ -57,6 +58,13 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--steps", type=int, help=_default("num_steps"))
     group.add_argument("--sampler", choices=get_args(SamplerName), help=_default("sampler"))
+    group.add_argument(
+        "--speed",
+        choices=get_args(SpeedName),
+        default="exact",
+        help="balanced, fast and draft compute fewer and fewer of the steps, and guess the others "
+        "from those; default exact",
+    )
     group.add_argument("--shift", type=float, help=_default("shift"))
     group.add_argument(
         "--text-scale", type=float, help=f"guidance by the prompt; {_default('text_scale')}"
@@ -341,6 +349,7 @@ def _config(args: argparse.Namespace, task: Any, frames: np.ndarray | None) -> S
         control_scale=args.control_scale,
         windows=WindowConfig((args.window - 1) // 4 + 1, args.window_overlap // 4),
         batch_branches=args.batch_branches,
+        speed=args.speed,
         **settings,
     )
 

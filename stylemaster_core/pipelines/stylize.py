@@ -29,6 +29,7 @@ from ..models.style_tokens import Style
 from ..sampling.denoise import Callback, Lead, denoise
 from ..sampling.samplers import SamplerName
 from ..sampling.schedules import add_noise, flow_match_sigmas, same_in_every_frame
+from ..sampling.speed import SpeedName, velocity_gap
 from ..sampling.windows import WindowConfig
 from ..seeds import LOWEST_OF_TORCH, check_seed
 from .models import Models
@@ -63,6 +64,7 @@ class StylizeConfig:
     batch_branches: bool = False
     same_noise: bool = False  # in every frame, from the first: a restyled video flickers less
     noise_frames: int | None = None  # of latents that are drawn, if more than needed
+    speed: SpeedName = "exact"  # else fewer steps are computed, with nearly the same result
 
 
 class Stylized(NamedTuple):
@@ -156,6 +158,7 @@ def stylize(
                 batch_branches=config.batch_branches,
                 windows=config.windows,
                 lead=known,
+                speed=config.speed,
             )
 
     stage("decoding")
@@ -265,6 +268,7 @@ def check_config(config: StylizeConfig, frames: np.ndarray | None) -> None:
         if value is not None and not abs(value) < float("inf"):
             raise ConfigError(f"{name.replace('_', ' ')} must be a finite number, got {value}")
     flow_match_sigmas(config.num_steps, shift=config.shift, denoise=config.denoise)
+    velocity_gap(config.speed, config.num_steps)
     check_seed(config.seed, lowest=LOWEST_OF_TORCH)
     start, end = config.control_range
     if not 0 <= start <= end <= 1:

@@ -14,6 +14,7 @@ from ..models.text_padding import merge_padding
 from .guidance import GuidanceWeights
 from .samplers import SamplerName, create_sampler
 from .schedules import TIMESTEPS, add_noise, in_range
+from .speed import SpeedName, VelocityLine, velocity_gap
 from .windows import WindowBlend, WindowConfig, plan_windows
 
 NullStyle = Literal["zero", "none"]
@@ -66,6 +67,7 @@ def denoise(
     batch_branches: bool = True,
     windows: WindowConfig | None = None,
     lead: Lead | None = None,
+    speed: SpeedName = "exact",
 ) -> Tensor:
     """Sample from `sigmas[0]` down to `sigmas[-1]` with guidance by text and style.
 
@@ -93,6 +95,7 @@ def denoise(
         batch_branches: run the guidance branches as one batch, or one by one to save memory.
         windows: for long videos: overlapping windows of latent frames, blended at every step.
         lead: clean first frames to go on from, noised to the level of each step, as in inpainting.
+        speed: `exact`, or a mode of `sampling.speed` that computes fewer steps and comes near.
 
     Returns:
         [B, 16, t, h, w] latents in the dtype of the input.
@@ -108,6 +111,7 @@ def denoise(
     if (controlnet is None) != (control_latents is None):
         raise ConfigError("control needs both a control network and control latents; got only one")
     num_steps = len(sigmas) - 1
+    line = VelocityLine(velocity_gap(speed, num_steps))
     regions = [StyleRegion(style)] if isinstance(style, Tensor) else list(style or [])
     check_overlap(regions)
     branches = _Branches(
@@ -137,21 +141,23 @@ def denoise(
             latents = lead.put(latents, levels[step])
         timestep = timesteps[step : step + 1]
         has_control = control_scale != 0 and in_range(step, num_steps, *control_range)
-        velocities = []
-        for window in parts:
-            control = None
-            if controlnet is not None and control_latents is not None and has_control:
-                control = controlnet(control_latents[:, :, window], timestep, control_text)
-            weights, prepared = branches.at(step, num_steps, window)
-            predicted = transformer.velocities(
-                latents[:, :, window],
-                timestep,
-                prepared,
-                control=control,
-                control_scale=control_scale,
-            )
-            velocities.append(_weighted_sum(weights, predicted, latents.dtype))
-        velocity = blend(velocities)
+        velocity = line.at(levels[step], (branches.active(step, num_steps), has_control))
+        if velocity is None:
+            velocities = []
+            for window in parts:
+                control = None
+                if controlnet is not None and control_latents is not None and has_control:
+                    control = controlnet(control_latents[:, :, window], timestep, control_text)
+                weights, prepared = branches.at(step, num_steps, window)
+                predicted = transformer.velocities(
+                    latents[:, :, window],
+                    timestep,
+                    prepared,
+                    control=control,
+                    control_scale=control_scale,
+                )
+                velocities.append(_weighted_sum(weights, predicted, latents.dtype))
+            velocity = line.keep(levels[step], blend(velocities))
         before, latents = latents, steps.step(velocity, step, latents)
         if callback is not None:
             denoised = before - levels[step] * velocity
@@ -204,11 +210,14 @@ class _Branches:
         self.batched = batched
         self.cache: dict[object, tuple[list[float], Any]] = {}
 
+    def active(self, step: int, num_steps: int) -> tuple[int, ...]:
+        """Which styles act in a step."""
+        regions = enumerate(self.regions)
+        return tuple(i for i, r in regions if in_range(step, num_steps, r.start, r.end))
+
     def at(self, step: int, num_steps: int, window: slice) -> tuple[list[float], Any]:
         """Weights and branches of a step."""
-        active = tuple(
-            i for i, r in enumerate(self.regions) if in_range(step, num_steps, r.start, r.end)
-        )
+        active = self.active(step, num_steps)
         key = (active, window.start)
         if key not in self.cache:
             self.cache[key] = self._prepare(active, window)

@@ -434,6 +434,7 @@ def test_a_kill_after_the_result_appeared_is_no_failure(inputs, files, restyled,
         (("--stream", "--window", "8", "--window-overlap", "8"), "longer than that"),
         (("--stream", "--keep-alpha"), "--keep-alpha"),
         (("--stream", "--blend", "time"), "--style-by-shot"),
+        (("--stream", "--speed", "draft", "--steps", "4"), "at least 8 steps"),
     ],
 )
 def test_options_that_contradict_are_refused(inputs, files, tmp_path, capsys, words, reason):

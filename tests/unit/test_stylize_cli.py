@@ -324,6 +324,7 @@ REFUSED = {
     "style seed": (["--style-seed", str(2**64)], "--style-seed"),
     "tile factor": (["--video", "{clip}", "--tile-factor", "0"], "tile factor"),
     "drop rate": (["--drop-rate", "1.5"], "below 1"),
+    "speed of few steps": (["--speed", "fast", "--steps", "4"], "at least 8 steps"),
     "missing style": (["--style", "absent.png"], "absent.png"),
     "missing mask": (["--style-mask", "absent.png"], "absent.png"),
     "weights": (["--style-weight", "1", "--style-weight", "1"], "2 weights"),
