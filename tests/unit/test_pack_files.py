@@ -27,6 +27,7 @@ NAMES = shipped_workflows.names()
 SAMPLING = shipped_workflows.sampling_names()
 DOCS = PACK / "web" / "docs"
 UNETS = {shipped_workflows.SDXL, shipped_workflows.VIDEOCRAFTER}
+UNLINKED = {"control_net"}  # a socket that may stay open
 CONTROLLED = {"video_to_video", "image_restyle", "long_video"}
 
 
@@ -68,6 +69,23 @@ def test_the_editors_twin_means_the_same(name):
     api = shipped_workflows.load(name)
     graph = read_json(WORKFLOWS / f"{name}.json")
     assert ui_workflows.to_api(graph) == api
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_input_of_our_nodes_is_named(name):
+    """The editor adds an input that a template lacks, and then its twin is another workflow."""
+    ours = texts("en")
+    lacking = {
+        node["title"]: wanted
+        for node in ui_nodes(name)
+        if node["type"] in ours
+        and (wanted := _inputs(ours[node["type"]]) - {slot["name"] for slot in node["inputs"]})
+    }
+    assert not lacking
+
+
+def _inputs(node: dict[str, Any]) -> set[str]:
+    return set(node["inputs"]) - UNLINKED
 
 
 @pytest.mark.parametrize("name", NAMES)
