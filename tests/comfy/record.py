@@ -2,12 +2,15 @@
 
 `make comfy-tests` runs with `--record-comfyui`. A run of some files replaces what is recorded of
 those files; the versions of which every file is recorded without a failure are the tested ones.
+The README's sentence about versions is written from it, too; `python -m tests.comfy.record` writes
+that alone.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,6 +21,8 @@ from tests.comfy.server import Checkout
 
 HERE = Path(__file__).parent
 RECORD = HERE.parents[1] / "docs" / "tested_comfyui.json"
+README = HERE.parents[1] / "README.md"
+SENTENCE = re.compile(r"^Tested on ComfyUI .*\n", re.MULTILINE)
 _SETTING = """
 import importlib.metadata as m, json, platform
 def version(name):
@@ -73,6 +78,19 @@ def tested_versions(record: Mapping[str, Any], files: Iterable[str]) -> list[str
     return sorted(whole, key=lambda version: [int(n) for n in version.split(".")], reverse=True)
 
 
+def sentence(record: Mapping[str, Any], files: Iterable[str]) -> str:
+    """What the README says of the versions: how many test files ran, and how many failed."""
+    wanted = set(files)
+    newest_first = sorted(record, key=lambda name: [int(n) for n in name.split(".")], reverse=True)
+    told = []
+    for version in newest_first:
+        run = {name: n for name, n in record[version]["files"].items() if name in wanted}
+        failed = sum(bool(counts.get("failed")) for counts in run.values())
+        words = f"{len(run)} of {len(wanted)} test files, {failed or 'none'} with failures"
+        told.append(f"{version} ({words})")
+    return f"Tested on ComfyUI {', '.join(told) or '(nothing is recorded)'}.\n"
+
+
 def read() -> dict[str, Any]:
     return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
 
@@ -80,3 +98,11 @@ def read() -> dict[str, Any]:
 def write(record: Mapping[str, Any]) -> None:
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    README.write_text(
+        SENTENCE.sub(lambda _: sentence(record, test_files()), readme), encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    write(read())  # the README's sentence anew, e.g. after a test file was added

@@ -26,5 +26,26 @@ def test_the_newest_comes_first():
     assert record.tested_versions(kept, ["test_a.py"]) == ["0.33.0", "0.8.0", "0.3.64"]
 
 
+def test_the_readme_says_what_ran_and_what_failed():
+    files = {"test_a.py": {"passed": 1}, "test_b.py": {"failed": 1}, "test_gone.py": {"failed": 1}}
+    kept = {"0.8.0": {"files": {}}, "0.33.0": {"files": files}}
+    assert record.sentence(kept, ["test_a.py", "test_b.py", "test_c.py"]) == (
+        "Tested on ComfyUI 0.33.0 (2 of 3 test files, 1 with failures), "
+        "0.8.0 (0 of 3 test files, none with failures).\n"
+    )
+    readme = record.README.read_text(encoding="utf-8")
+    said = record.sentence(record.read(), record.test_files())
+    assert record.SENTENCE.findall(readme) == [said], "python -m tests.comfy.record writes it"
+
+
+def test_the_readmes_sentence_is_written_with_the_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RECORD", tmp_path / "docs" / "tested.json")
+    monkeypatch.setattr(record, "README", tmp_path / "README.md")
+    record.README.write_text("a\nTested on ComfyUI 0.1.0.\nb\n")
+    record.write({"0.8.0": {"files": {}}})
+    written = record.README.read_text()
+    assert written == f"a\n{record.sentence(record.read(), record.test_files())}b\n"
+
+
 def test_the_table_of_features_is_up_to_date():
     assert features_table.DOCS.read_text(encoding="utf-8") == features_table.text()
