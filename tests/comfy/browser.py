@@ -88,7 +88,7 @@ class Ui:
         # Before the page is there: the first visit would open the templates, some time later.
         answer = self.page.request.post(f"{self.url}/api/settings", data=self.settings)
         assert answer.ok, answer.text()
-        self.page.goto(self.url, wait_until="domcontentloaded")
+        self.page.goto(self.url, wait_until="domcontentloaded", timeout=120_000)
         self.page.wait_for_function(_READY, timeout=120_000)
         self.page.wait_for_timeout(1500)
 
