@@ -31,6 +31,8 @@ class Profile:
     lr: float = 1e-3  # of the joint training
     vae_lr: float = 1e-3
     refiner_steps: int = 1500
+    made_pairs: int = 480  # that a model that exists restyles for the refiner
+    made_steps: int = 300
     vae_pca_blocks: int = 400_000  # of pixels, that the PCA sees
     encoder_batch: int = 64  # styles
     teacher_pairs: int = 100  # with real pictures
@@ -61,6 +63,8 @@ PROFILES = {
         lr=2e-3,
         vae_lr=4e-4,
         refiner_steps=30,
+        made_pairs=16,
+        made_steps=6,
         vae_pca_blocks=40_000,
         encoder_batch=16,
     ),

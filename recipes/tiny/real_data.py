@@ -16,6 +16,7 @@ from stylemaster_core.models.vae import load_vae
 
 from .encoder_paintings import Paintings, num_held_out, whitened
 from .limit import TimeLimit
+from .made import Made, draw_made
 from .pictures import load_or_read_paintings, resized, save
 from .real_samples import Motion, draw_motion, draw_real_samples, window
 from .samples import REFERENCE_PX, write_samples
@@ -105,6 +106,15 @@ class RealData:
             seed = self.seed + number
             samples = draw_real_samples(pairs, self.pictures, vae, encoder, seed=seed)
             write_samples(self._shard(folder, number, last), samples)
+
+    def draw_made(self, model: Path, count: int, *, device: str = "cpu") -> Made:
+        """What a model, given by the folder of its files, makes of so many of the pairs."""
+        last, parts = num_shards(self.folder, self.seed) - 1, []
+        for number in range(min(max(last, 1), -(-count // SHARD_PAIRS))):
+            parts.append(read_pairs(self.folder, self.seed, number))
+        pairs = Pairs(*(np.concatenate(values)[:count] for values in zip(*parts, strict=True)))
+        self.limit.check()
+        return draw_made(model, pairs, self.pictures, seed=self.seed, device=device)
 
     def _shard(self, folder: Path, number: int, last: int) -> Path:
         # Beside the drawings' files, which are read by the same beginning of their names.

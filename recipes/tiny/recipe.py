@@ -50,10 +50,12 @@ from stylemaster_core.weights.files import read_state_dict
 
 from .contents import draw_clip
 from .encoder import EncoderConfig, create_encoder, train_encoder
+from .encoder_paintings import num_held_out
 from .encoder_pool import draw_pool, load_or_draw_pool
 from .encoder_probe import probe_encoder
 from .joint import continue_joint_trainer, create_joint_trainer
 from .limit import TimeLimit, TimeOver, logged
+from .made import refine_on_made
 from .picture_loss import PictureLoss
 from .profiles import Profile
 from .real_data import RealData
@@ -76,6 +78,7 @@ from .vae import clip_pool, draw_clips, evaluate_vae, fit_pca, train_vae
 logger = logging.getLogger("stylemaster")
 
 LOG = "training_log.jsonl"
+MADE_LR = 4e-4
 STILL_FRAMES = 3  # latent ones, of the clips that the motion adapter learns from
 STYLECRAFTER = StyleCrafterConfig(num_layers=2, scale_width=128, scale_num_layers=2, rank=16)
 PAIR_VIEWS = ("patches", "jigsaw", "rotate180", "flip_horizontal", "flip_vertical")
@@ -333,6 +336,16 @@ class Recipe:
             limit=self.limit,
             start=self.start and self.start / "vae.safetensors",
         )
+        if self.real and self.start:
+            weights = refine_on_made(
+                create_patch_vae(weights, "the VAE").to(self.device),
+                self.real.draw_made(self.start, self.profile.made_pairs, device=self.device),
+                self.real.pictures[num_held_out(len(self.real.pictures)) :],
+                steps=self.profile.made_steps,
+                lr=MADE_LR,
+                seed=self.seed,
+                limit=self.limit,
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_refined(target, weights, source)
         clips = draw_clips(self.profile.validation, 128, seed=9, held_out=True)

@@ -15,6 +15,7 @@ from recipes.tiny.encoder import EncoderConfig, train_encoder
 from recipes.tiny.encoder_paintings import Paintings, draw_crops, probe_paintings, whitened
 from recipes.tiny.encoder_pool import draw_pool
 from recipes.tiny.limit import TimeLimit, TimeOver
+from recipes.tiny.made import Made, refine_on_made
 from recipes.tiny.profiles import PROFILES
 from recipes.tiny.real_data import RealData, draw_real_clip
 from recipes.tiny.real_samples import (
@@ -24,15 +25,17 @@ from recipes.tiny.real_samples import (
     window,
     with_look,
 )
+from recipes.tiny.refiner import seam_ratios
 from recipes.tiny.samples import ClipSize
 from recipes.tiny.shards import read_shards
 from recipes.tiny.teacher import read_pairs
-from recipes.tiny.vae import ClipPool
+from recipes.tiny.vae import ClipPool, fit_pca
 from stylemaster_core.data.images import write_image
 from stylemaster_core.data.jsonl import read_jsonl
 from stylemaster_core.errors import ConfigError
 from stylemaster_core.metrics.baselines import rgb_to_lab
 from stylemaster_core.models.image_encoder import load_image_encoder
+from stylemaster_core.models.patch_vae import PatchVAE, create_patch_vae
 from stylemaster_core.models.vae import load_vae
 from tests.standin_tiny import write_standin
 
@@ -265,6 +268,35 @@ def test_training_goes_on_from_weights_that_exist(standin, tmp_path, monkeypatch
             if "contrastive" not in key:
                 assert torch.allclose(found[key].float(), value.float(), atol=2e-3), (name, key)
     assert made._started("motion_adapter") is not None
+
+
+def test_what_a_model_makes_lies_where_the_pictures_do(real, standin):
+    made = real.draw_made(standin, 3)
+    assert made.latents.shape == (3, 16, 1, 16, 16) and made.video.shape == (3, 3, 1, 128, 128)
+    again = real.draw_made(standin, 3)
+    assert torch.equal(made.latents, again.latents) and torch.equal(made.video, again.video)
+    vae = load_vae(standin / "vae.safetensors")
+    own = vae.encode(made.video)
+    assert not torch.allclose(made.latents, own, atol=0.1)  # a model has been at it
+
+
+def test_a_refiner_takes_off_the_borders_that_a_model_makes():
+    """Squares of 16 pixels are brighter and darker by chance."""
+    torch.manual_seed(0)
+    vae = PatchVAE(refiner_width=16)
+    smooth = torch.nn.functional.interpolate(torch.rand(8, 3, 8, 8) - 0.5, (128, 128))
+    video = torch.nn.functional.avg_pool2d(smooth, 17, 1, 8)[:, :, None]
+    clips = ((video.movedim(1, -1) + 1) * 127.5).byte().numpy().repeat(9, 1)
+    vae.set_linear(*fit_pca(ClipPool({128: clips}), 0, 2000))
+    shift = 0.5 * torch.randn(8, 16, 1, 8, 8).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    latents = vae.encode(video) + shift
+    before = seam_ratios(vae.decode(latents).diff(dim=-1))[1]
+    made = Made(latents, video)
+    weights = refine_on_made(vae, made, clips[:, 0], steps=25, lr=3e-3, seed=0)
+    refined = create_patch_vae(weights, "the VAE")
+    after = seam_ratios(refined.decode(latents).diff(dim=-1))[1]
+    assert before > 2 and after < 0.7 * before
+    assert torch.equal(refined.encode(video), vae.encode(video))
 
 
 def contrastive():
