@@ -329,18 +329,18 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def write_docs(path: Path, words: str) -> None:
+def write_docs(path: Path, words: str, begin: str = BEGIN, end: str = END) -> None:
     """Put the table between its marks.
 
     Raises:
         ConfigError: if the marks are missing.
     """
     text = path.read_text()
-    if not (0 <= text.find(BEGIN) < text.find(END)):
-        raise ConfigError(f"{path} lacks the lines {BEGIN} and {END}, between which the table goes")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    write_text(path, f"{before}{BEGIN}\n{words}\n{END}{after}", overwrite=True)
+    if not (0 <= text.find(begin) < text.find(end)):
+        raise ConfigError(f"{path} lacks the lines {begin} and {end}, between which the table goes")
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    write_text(path, f"{before}{begin}\n{words}\n{end}{after}", overwrite=True)
 
 
 def benchmark(args: argparse.Namespace) -> Report:

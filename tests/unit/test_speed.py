@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from bench import speed_modes
 from stylemaster_core import (
     ConfigError,
     StyleRegion,
@@ -13,6 +14,9 @@ from stylemaster_core import (
     flow_match_sigmas,
     load_gray_tile_controlnet,
 )
+from stylemaster_core.data.demo_scene import demo_clip, demo_styles
+from stylemaster_core.data.images import write_image
+from stylemaster_core.data.videos import write_video
 from stylemaster_core.models.gray_tile_controlnet import copy_from_transformer
 from stylemaster_core.pipelines.stylize import StylizeConfig, check_config
 from stylemaster_core.sampling import speed as speed_module
@@ -201,3 +205,23 @@ def test_refusals(tiny_transformer, tiny_inputs, changes, words):
             inputs.latents,
             **options(inputs, sigmas=sigmas, speed=changes["speed"]),
         )
+
+
+def test_bench_prints_every_mode(tmp_path, capsys, monkeypatch):
+    clip, style = tmp_path / "clip.mp4", tmp_path / "style.png"
+    write_video(clip, demo_clip(1, 32, 48), fps=8)
+    write_image(style, demo_styles(64)["neon"])
+    docs = tmp_path / "speed.md"
+    docs.write_text(f"before\n{speed_modes.BEGIN}\nold\n{speed_modes.END}\nafter\n")
+    monkeypatch.setattr(speed_modes, "DOCS", docs)
+    words = ["--video", str(clip), "--style", str(style), "--write"]
+    assert speed_modes.main(words) == 0
+    said = capsys.readouterr().out
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| clip.mp4")]
+    assert [row[1] for row in rows] == list(GAPS)
+    assert [row[2] for row in rows] == ["24 + 12", "10 + 5", "8 + 4", "6 + 3"]
+    assert rows[0][5] == "" and all(float(row[5].split()[0]) > 10 for row in rows[1:])
+    text = docs.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert speed_modes.main(words[:2]) == 2
+    assert "--video and --style belong together" in capsys.readouterr().err
