@@ -31,7 +31,7 @@ from stylemaster_core.pipelines.stylize import StylizeConfig, stylize
 from stylemaster_core.sampling.speed import GAPS
 
 from .against_release import write_docs
-from .runner import Report, add_output, check_output, machine_facts, run_benchmark
+from .runner import Report, add_output, check_output, machine_facts, psnr, run_benchmark
 
 DOCS = Path(__file__).parents[1] / "docs" / "speed.md"
 BEGIN, END = "<!-- speed modes -->", "<!-- end of speed modes -->"
@@ -54,12 +54,6 @@ def materials(args: argparse.Namespace) -> dict[str, tuple[np.ndarray, np.ndarra
     clips = {"photograph": photograph_clip(*size), "boat": demo_clip(*size)}
     styles = painted_styles()
     return {f"{clip} in {style}": (clips[clip], styles[style]) for clip, style in PAIRS}
-
-
-def psnr(frames: np.ndarray, exact: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 frames; infinite where they are equal."""
-    error = np.square(frames.astype(np.float64) - exact).mean()
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 class Calls:

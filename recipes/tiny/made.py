@@ -27,10 +27,11 @@ from stylemaster_core.sampling.schedules import add_noise, flow_match_sigmas
 from stylemaster_core.training.ema import MovingAverage
 
 from .limit import TimeLimit
-from .real_samples import in_colours_of
+from .real_samples import in_colours_of, same_part
 from .refiner import refiner_loss, seam_ratios
 from .restyle import style_tokens
 from .teacher import Pairs
+from .vae import set_rate
 
 SIDE, BATCH = 128, 16
 FIRST_SIGMA = 0.86  # noise levels up to it are left to the model
@@ -72,11 +73,11 @@ def draw_made(
             for i in range(first, min(first + BATCH, len(pairs.styles))):
                 painting = paintings[pairs.styles[i]]
                 target = in_colours_of(pairs.stylized[i], painting)
-                y, x = rng.integers(0, len(target) - SIDE + 1, 2)
-                place = np.s_[None, y : y + SIDE, x : x + SIDE]
-                content = np.ascontiguousarray(pairs.contents[i][place])
+                content, target = map(
+                    np.ascontiguousarray, same_part(rng, SIDE, SIDE, pairs.contents[i], target)
+                )
                 tiles.append(gray_tile(content, SIDE, SIDE, factor=SETTINGS["tile_factor"]))
-                clean.append(frames_to_video(np.ascontiguousarray(target[place])))
+                clean.append(frames_to_video(target))
                 references.append(painting[None])
             controls = vae.encode(torch.stack(tiles))
             video = torch.cat(clean)
@@ -141,9 +142,9 @@ def refine_on_made(
     for step in tqdm(range(steps), desc="refiner on made latents", disable=None):
         if limit is not None:
             limit.check()
-        falling = FINAL_SHARE + (1 - FINAL_SHARE) * (1 + np.cos(np.pi * step / steps)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / WARMUP_STEPS, 1) * falling
+        set_rate(
+            optimizer, lr, step, step / steps, warmup_steps=WARMUP_STEPS, final_share=FINAL_SHARE
+        )
         some = rng.integers(0, len(made.video), 2)
         wanted = torch.cat([_part(rng, paintings[i]) for i in rng.integers(0, len(paintings), 2)])
         with torch.no_grad():
@@ -165,10 +166,9 @@ def refine_on_made(
 
 
 def _part(rng: np.random.Generator, painting: np.ndarray) -> Tensor:
-    y, x = rng.integers(0, len(painting) - SIDE + 1, 2)
-    part = painting[y : y + SIDE, x : x + SIDE]
-    part = part if rng.random() < 0.5 else part[:, ::-1]
-    return frames_to_video(np.ascontiguousarray(part)[None])
+    (part,) = same_part(rng, SIDE, SIDE, painting)
+    part = part if rng.random() < 0.5 else part[:, :, ::-1]
+    return frames_to_video(np.ascontiguousarray(part))
 
 
 def made_loss(refined: Tensor, decoded: Tensor, video: Tensor) -> Tensor:

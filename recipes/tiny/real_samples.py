@@ -182,15 +182,22 @@ def with_look(pixels: np.ndarray, look: str, colour: np.ndarray, *, contrast: fl
     return (colour + shade).round().clip(0, 255).astype(np.uint8)
 
 
+def same_part(
+    rng: np.random.Generator, height: int, width: int, *pictures: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The same part of pictures, uint8 [S, S, 3] each: [1, H, W, 3]."""
+    side = len(pictures[0])
+    y, x = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1)
+    return tuple(picture[None, y : y + height, x : x + width] for picture in pictures)
+
+
 def _cut(
     rng: np.random.Generator, content: np.ndarray, target: np.ndarray, size: ClipSize
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same window of both; a still is cut pixel by pixel, so that nothing is blurred."""
     side = len(target)
     if size.num_frames == 1:
-        y, x = rng.integers(0, side - size.height + 1), rng.integers(0, side - size.width + 1)
-        place = np.s_[None, y : y + size.height, x : x + size.width]
-        both = content[place], target[place]
+        both = same_part(rng, size.height, size.width, content, target)
     else:
         motion = draw_motion(rng, side, max(size.height, size.width))
         shape = size.num_frames, size.height, size.width

@@ -311,10 +311,19 @@ def _coarse_gray(clip: np.ndarray, factor: int) -> np.ndarray:
     return np.repeat(gray[..., None], 3, -1)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float, step: int, done: float) -> None:
-    """The rate of a step: it rises over 100 steps, and falls to 0 as a cosine of the share done."""
+def set_rate(
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    step: int,
+    done: float,
+    *,
+    warmup_steps: int = 100,
+    final_share: float = 0.0,
+) -> None:
+    """The rate of a step: it rises at first, and falls to a share as a cosine of what is done."""
+    falling = final_share + (1 - final_share) * 0.5 * (1 + np.cos(np.pi * done))
     for group in optimizer.param_groups:
-        group["lr"] = lr * min((step + 1) / 100, 1.0) * 0.5 * (1 + np.cos(np.pi * done))
+        group["lr"] = lr * min((step + 1) / warmup_steps, 1.0) * falling
 
 
 def save_step(

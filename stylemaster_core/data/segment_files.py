@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
+from ..weights.files import sha256_of
 from ..writing import disk_errors, write_text, written_beside
 from .containers import open_container
 
@@ -209,7 +210,7 @@ def file_identity(path: Path) -> str:
         facts = path.stat()
         if facts.st_size > LARGE_BYTES:
             return f"{facts.st_size} bytes of {facts.st_mtime_ns}"
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise LayoutError(f"{path} cannot be read: {error.strerror or error}") from error
 

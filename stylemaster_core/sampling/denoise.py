@@ -141,14 +141,15 @@ def denoise(
             latents = lead.put(latents, levels[step])
         timestep = timesteps[step : step + 1]
         has_control = control_scale != 0 and in_range(step, num_steps, *control_range)
-        velocity = line.at(levels[step], (branches.active(step, num_steps), has_control))
+        active = branches.active(step, num_steps)
+        velocity = line.at(levels[step], (active, has_control))
         if velocity is None:
             velocities = []
             for window in parts:
                 control = None
                 if controlnet is not None and control_latents is not None and has_control:
                     control = controlnet(control_latents[:, :, window], timestep, control_text)
-                weights, prepared = branches.at(step, num_steps, window)
+                weights, prepared = branches.at(active, window)
                 predicted = transformer.velocities(
                     latents[:, :, window],
                     timestep,
@@ -215,9 +216,8 @@ class _Branches:
         regions = enumerate(self.regions)
         return tuple(i for i, r in regions if in_range(step, num_steps, r.start, r.end))
 
-    def at(self, step: int, num_steps: int, window: slice) -> tuple[list[float], Any]:
-        """Weights and branches of a step."""
-        active = self.active(step, num_steps)
+    def at(self, active: tuple[int, ...], window: slice) -> tuple[list[float], Any]:
+        """Weights and branches of a step in which these styles act."""
         key = (active, window.start)
         if key not in self.cache:
             self.cache[key] = self._prepare(active, window)

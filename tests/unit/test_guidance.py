@@ -12,6 +12,7 @@ from stylemaster_core import (
     flow_match_sigmas,
 )
 from stylemaster_core.sampling.guidance import GuidanceWeights
+from tests.counting import Counting
 
 
 def test_formula_by_hand():
@@ -35,20 +36,6 @@ def test_weight_0_where_a_branch_is_not_needed():
     assert GuidanceWeights.of(4.0, 4.0).text == 0
     assert GuidanceWeights.of(8.0, 0.0).styled == 0
     assert GuidanceWeights.of(1.0, 4.0) == (0, 0, 1)
-
-
-class Counting:
-    """A transformer that notes how many branches each step asks for."""
-
-    def __init__(self, net):
-        self.net, self.branches = net, []
-
-    def __getattr__(self, name):
-        return getattr(self.net, name)
-
-    def velocities(self, latents, timestep, branches, **options):
-        self.branches.append(len(branches))
-        return self.net.velocities(latents, timestep, branches, **options)
 
 
 def options(inputs, **changes):

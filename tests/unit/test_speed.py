@@ -23,24 +23,11 @@ from stylemaster_core.sampling import speed as speed_module
 from stylemaster_core.sampling.denoise import Lead
 from stylemaster_core.sampling.speed import GAPS, VelocityLine
 from stylemaster_core.sampling.windows import WindowConfig
+from tests.counting import Counting
 
 STEPS, SHIFT = 12, 5.0
 SCALES = 8.0, 3.0
 LEVELS = flow_match_sigmas(STEPS, shift=SHIFT).double().tolist()
-
-
-class Counting:
-    """A transformer that notes how many branches each step asks for."""
-
-    def __init__(self, net):
-        self.net, self.branches = net, []
-
-    def __getattr__(self, name):
-        return getattr(self.net, name)
-
-    def velocities(self, latents, timestep, branches, **options):
-        self.branches.append((round(timestep.item() / 1000, 4), len(branches)))
-        return self.net.velocities(latents, timestep, branches, **options)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +104,7 @@ def test_passes_of_each_mode(tiny_transformer, tiny_inputs, controlnet):
         calls.clear()
         denoise(net, inputs.latents, **options(inputs, controlnet, speed=name))
         counts[name] = len(calls)
-        assert [count for _, count in net.branches] == [3] * len(calls)
+        assert net.branches == [3] * len(calls)
     hook.remove()
     assert counts == {"exact": 12, "balanced": 5, "fast": 4, "draft": 3}
 
@@ -130,8 +117,7 @@ def test_a_mode_means_the_same_at_more_steps(tiny_transformer, tiny_inputs, gap)
         sigmas = flow_match_sigmas(steps, shift=SHIFT).double()
         denoise(net, inputs.latents, **options(inputs, sigmas=sigmas))
         counts.append(len(net.branches))
-        levels = [level for level, _ in net.branches]
-        assert all(a - b >= 0.0999 for a, b in itertools.pairwise(levels))
+        assert all(a - b >= 0.0999 for a, b in itertools.pairwise(net.levels))
     assert min(counts) >= 8 and max(counts) <= 10
 
 
@@ -155,7 +141,7 @@ def test_where_a_style_or_the_control_begins_or_ends_a_step_is_computed(
         **options(inputs, controlnet, style=style, control_range=(0.0, 0.75)),
     )
     at = [1.0, LEVELS[3], LEVELS[7], LEVELS[10]]
-    assert net.branches == [(round(level, 4), n) for level, n in zip(at, (2, 3, 2, 2), strict=True)]
+    assert net.levels == [round(level, 4) for level in at] and net.branches == [2, 3, 2, 2]
 
 
 @pytest.mark.parametrize("sampler", ["euler", "unipc", "dpm++"])
