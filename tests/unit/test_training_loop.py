@@ -515,7 +515,12 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         for key in [key for key in tensors if key.endswith("in_proj_bias")]:
             queries, _, values = tensors[key].chunk(3)
             tensors[key] = torch.cat([queries, values])
-    assert max((ours[k] - theirs[k]).abs().max() for k in theirs) < 1e-5
+    # By the norm of all: where a gradient is nearly nothing, Adam makes a step of its rounding noise.
+    difference, size = (
+        torch.cat([tensors[k].flatten() for k in theirs]).norm()
+        for tensors in ({k: ours[k] - theirs[k] for k in theirs}, theirs)
+    )
+    assert difference < 3e-6 * size
 
 
 # ---- optimiser ----
