@@ -36,7 +36,7 @@ from custom_nodes_stylemaster.bench.comfy_measure import (
 from custom_nodes_stylemaster.nodes import conditionings, native_wan, wan_patches
 from custom_nodes_stylemaster.nodes.apply_style import ApplyStyle
 from custom_nodes_stylemaster.nodes.block_styles import TokenGrid, block_styles
-from custom_nodes_stylemaster.nodes.loaders import load_style_adapter
+from custom_nodes_stylemaster.nodes.loaders import load_adapter
 from custom_nodes_stylemaster.nodes.sampling import create_guider
 from custom_nodes_stylemaster.stylemaster_core.models.decoupled_attention import (
     StyleRegion,
@@ -94,7 +94,7 @@ def stopwatch(setting: Setting, guider: Any) -> Stopwatch:
 
 def speed(setting: Setting) -> dict[str, Any]:
     model = load_model(setting)
-    styled, conds = apply_style(model, load_style_adapter(Path(setting.adapter)))
+    styled, conds = apply_style(model, load_adapter(Path(setting.adapter)))
     makers = {
         "native": lambda: stopwatch(setting, native_guider(model)),
         "ours": lambda: stopwatch(setting, style_guider(styled, conds)),
@@ -140,7 +140,7 @@ def costs(setting: Setting) -> dict[str, Any]:
 def application(setting: Setting, model: Any) -> tuple[dict[str, Any], Any, tuple[Any, ...]]:
     """Time of the node, and what stays of it and of the adapter."""
     before = memory()
-    adapter = load_style_adapter(Path(setting.adapter))
+    adapter = load_adapter(Path(setting.adapter))
     projections = sum(p.nbytes for p in adapter.attention.state_dict().values())
     loaded = memory()
     runs = []
@@ -263,7 +263,7 @@ def native_memory(setting: Setting) -> dict[str, Any]:
 
 def ours_memory(setting: Setting) -> dict[str, Any]:
     model = load_model(setting)
-    styled, conds = apply_style(model, load_style_adapter(Path(setting.adapter)))
+    styled, conds = apply_style(model, load_adapter(Path(setting.adapter)))
     return sampling_memory(stopwatch(setting, style_guider(styled, conds)), setting.steps)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..stylemaster_core.errors import ConfigError
 from ..stylemaster_core.models.decoupled_attention import StyleAttention, StyleRegion
+from ..stylemaster_core.models.style_adapter import StyleAdapter, StyleCrafterAdapter
 from ..stylemaster_core.models.style_tokens import Style
-from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
 from .conditionings import (
     Conditioning,
     prepare_styles,
@@ -23,9 +23,7 @@ from .number_lists import BlockRange, block_scales
 from .sdxl_patches import patch_layers
 from .sdxl_styles import layer_conditionings, predicted_gains
 from .sockets import (
-    StyleAdapter,
     StyleAdapterSocket,
-    StyleCrafterAdapter,
     StyleSocket,
     range_inputs,
     schema,
@@ -129,7 +127,7 @@ class ApplyStyle(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        adapter: StyleAdapter | StyleCrafterAdapter,
+        adapter: StyleAdapter,
         style: Style,
         positive: Conditioning,
         negative: Conditioning,
@@ -148,9 +146,9 @@ class ApplyStyle(io.ComfyNode):
                 f"the strength is {strength}; it must not be negative (0 is the base model). To "
                 "lead away from a style, lower the style cfg instead"
             )
-        if isinstance(adapter, StyleCrafterAdapter) and isinstance(
-            adapter.layers, StyleCrafterSdxl
-        ):
+        attention = adapter.attention
+        if attention is None:
+            assert isinstance(adapter, StyleCrafterAdapter)  # the only kind for a UNet
             patched = patch_layers(model, adapter)
             region = StyleRegion(
                 style.tokens,
@@ -162,7 +160,6 @@ class ApplyStyle(io.ComfyNode):
             )
             conds = layer_conditionings(adapter, region, positive, negative)
             return io.NodeOutput(patched, *conds)
-        attention = _wan_attention(adapter)
         patched = patch_style(model, attention)
         region = StyleRegion(
             style.tokens,
@@ -179,12 +176,6 @@ class ApplyStyle(io.ComfyNode):
             styled = styled_conditioning(positive, prepared)
             plain = unstyled_conditioning(positive, prepared)
         return io.NodeOutput(patched, styled, plain, unstyled_conditioning(negative, prepared))
-
-
-def _wan_attention(adapter: StyleAdapter | StyleCrafterAdapter) -> StyleAttention:
-    attention = adapter.attention if isinstance(adapter, StyleAdapter) else adapter.layers
-    assert isinstance(attention, StyleAttention)
-    return attention
 
 
 def with_gains(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..stylemaster_core.errors import WeightsError
-from ..stylemaster_core.models.decoupled_attention import create_style_attention
 from ..stylemaster_core.models.motion_adapter import MotionAdapter, load_motion_adapter
-from ..stylemaster_core.models.style_projector import load_style_projector
-from ..stylemaster_core.models.stylecrafter import load_stylecrafter_encoder, stylecrafter_heads
-from ..stylemaster_core.models.stylecrafter_sdxl import (
-    load_stylecrafter_sdxl,
-    load_stylecrafter_video,
-)
+from ..stylemaster_core.models.style_adapter import READERS, StyleAdapter, create_adapter
 from ..stylemaster_core.reading import reading
 from ..stylemaster_core.weights.files import read_state_dict
 from ..stylemaster_core.weights.numbers import check_weights
@@ -42,14 +36,7 @@ from .paths import (
     named_fingerprint,
     names_or_link,
 )
-from .sockets import (
-    MotionAdapterSocket,
-    StyleAdapter,
-    StyleAdapterSocket,
-    StyleCrafterAdapter,
-    range_inputs,
-    schema,
-)
+from .sockets import MotionAdapterSocket, StyleAdapterSocket, range_inputs, schema
 
 CHECK_VARIABLE = "STYLEMASTER_CHECK_WEIGHTS"  # 0: do not look for NaN in them
 PACK = Path(__file__).resolve().parents[1]
@@ -86,62 +73,14 @@ def _read_kinds(
     raise WeightsError(message)
 
 
-def load_adapter(path: Path) -> StyleAdapter | StyleCrafterAdapter:
-    """Load a style adapter of either method.
+def load_adapter(path: Path) -> StyleAdapter:
+    """Load a style adapter of any kind.
 
     Raises:
         WeightsError: if the file is of another kind, damaged or incomplete.
     """
     with reading(path, "a style adapter"):
-        return _load_adapter(path)
-
-
-def _load_adapter(path: Path) -> StyleAdapter | StyleCrafterAdapter:
-    kinds: tuple[Kind, ...] = (
-        "style_adapter",
-        "stylecrafter_sdxl",
-        "stylecrafter_video",
-        "stylecrafter_wan",
-    )
-    kind, tensors, metadata = _read_kinds(path, kinds, "style adapter")
-    if kind == "style_adapter":
-        return _stylemaster(path, tensors, metadata)
-    if kind == "stylecrafter_wan":
-        encoder = load_stylecrafter_encoder(tensors, **stylecrafter_heads(metadata))
-        attention = create_style_attention(tensors)
-        assert attention is not None  # the kind is told by its keys
-        return StyleCrafterAdapter(path.name, encoder, attention)
-    load = load_stylecrafter_video if kind == "stylecrafter_video" else load_stylecrafter_sdxl
-    layers = load(tensors, metadata)
-    return StyleCrafterAdapter(path.name, layers.encoder, layers)
-
-
-def load_style_adapter(path: Path) -> StyleAdapter:
-    """Load StyleMaster's style adapter.
-
-    Raises:
-        WeightsError: if the file is of another kind, damaged or incomplete.
-    """
-    return _stylemaster(path, *read_kind(path, "style_adapter", "StyleMaster style adapter"))
-
-
-def _stylemaster(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> StyleAdapter:
-    prefix = "style_model."
-    style = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    projector = load_style_projector(
-        style,
-        num_heads=int(metadata.get("style_num_heads", 8)),
-        global_embeds=metadata.get("global_embeds"),
-    )
-    attention = create_style_attention(dict(tensors))
-    if attention is None:
-        raise WeightsError(
-            f"{path} holds a style model but no k_img and v_img of the blocks; convert the release "
-            "again, or download the adapter again"
-        )
-    return StyleAdapter(path.name, projector, attention)
+        return create_adapter(path.name, *_read_kinds(path, tuple(READERS), "style adapter"))
 
 
 class LoadAdapter(io.ComfyNode):

@@ -9,11 +9,12 @@ from comfy_api.latest import io
 from PIL import Image, ImageDraw
 
 from ..stylemaster_core.errors import ConfigError
+from ..stylemaster_core.models.style_adapter import StyleAdapter, StyleCrafterAdapter
 from ..stylemaster_core.models.style_tokens import Style
 from .conditionings import Conditioning
 from .layouts import pictures_to_image
 from .sdxl_styles import predicted_gains
-from .sockets import StyleAdapter, StyleAdapterSocket, StyleCrafterAdapter, StyleSocket, schema
+from .sockets import StyleAdapterSocket, StyleSocket, schema
 
 SIZE, MARGIN = (768, 320), 44
 BACKGROUND, AXIS, TEXT, BAR = (24, 26, 30), (90, 94, 102), (210, 214, 220), (110, 180, 255)
@@ -79,9 +80,7 @@ class ShowScales(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, adapter: StyleAdapter | StyleCrafterAdapter, style: Style, prompt: Conditioning
-    ) -> io.NodeOutput:
+    def execute(cls, adapter: StyleAdapter, style: Style, prompt: Conditioning) -> io.NodeOutput:
         if not isinstance(adapter, StyleCrafterAdapter):
             raise ConfigError(
                 f"{adapter.name} is a StyleMaster adapter, which predicts no scales: every layer "

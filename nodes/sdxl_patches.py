@@ -20,10 +20,9 @@ from torch import Tensor
 
 from ..stylemaster_core.errors import UnsupportedHostError, WeightsError
 from ..stylemaster_core.models.decoupled_attention import style_residual
-from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
+from ..stylemaster_core.models.style_adapter import StyleCrafterAdapter
 from .native_videocrafter import VideoCrafter
 from .sdxl_styles import LAYER_KEY, StyledRows, styled_rows
-from .sockets import StyleCrafterAdapter
 from .wan_patches import Hook, ModelCall, compute_dtype, raw, with_hooks
 
 Place = tuple[str, int, int]  # part of the UNet, block in it, transformer block in that
@@ -78,8 +77,8 @@ def patch_layers(model: ModelPatcher, adapter: StyleCrafterAdapter) -> ModelPatc
         UnsupportedHostError: if it is not the kind of model that the adapter is for.
         WeightsError: if its cross-attentions are not those of the adapter.
     """
-    assert isinstance(adapter.layers, StyleCrafterSdxl)
-    host = VIDEOCRAFTER if adapter.layers.video_layers else SDXL
+    assert adapter.unet_layers is not None
+    host = VIDEOCRAFTER if adapter.unet_layers.video_layers else SDXL
     base = model.model
     unet = raw(base.diffusion_model)
     if not isinstance(base, host.model) or not isinstance(unet, UNetModel):
@@ -90,7 +89,7 @@ def patch_layers(model: ModelPatcher, adapter: StyleCrafterAdapter) -> ModelPatc
     layers = [layer for _, layer in cross_attentions(unet)]
     found = [layer.to_q.out_features for layer in layers]
     text = layers[0].to_k.in_features if layers else 0
-    wanted, wanted_text = adapter.layers.layer_widths, adapter.text_width
+    wanted, wanted_text = adapter.unet_layers.layer_widths, adapter.text_width
     if found != wanted or text != wanted_text:
         raise WeightsError(
             f"this StyleCrafter adapter is for {len(wanted)} cross-attentions of widths "

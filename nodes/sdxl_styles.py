@@ -12,16 +12,15 @@ from torch import Tensor
 
 from ..stylemaster_core.errors import UnsupportedHostError
 from ..stylemaster_core.models.decoupled_attention import BlockStyle, StyleRegion, check_overlap
+from ..stylemaster_core.models.style_adapter import StyleCrafterAdapter
 from ..stylemaster_core.models.stylecrafter_sdxl import (
     MAX_TEXT_TOKENS,
     LayerKV,
-    StyleCrafterSdxl,
     layer_styles,
     level_masks,
 )
 from .block_styles import in_range
 from .conditionings import COND, Conditioning, Row, refuse_masks, with_model_cond
-from .sockets import StyleCrafterAdapter
 
 LAYER_KEY = "stylecrafter_layers"
 
@@ -146,7 +145,7 @@ def predicted_gains(adapter: StyleCrafterAdapter, text: Tensor, tokens: Tensor) 
     Raises:
         LayoutError: for text or tokens of another model or adapter.
     """
-    if isinstance(adapter.layers, StyleCrafterSdxl):
+    if adapter.unet_layers is not None:
         text = text[:, :MAX_TEXT_TOKENS]
     predictor = copy.deepcopy(adapter.encoder.scale_predictor).float()
     return predictor.gains(text.float().cpu(), tokens.float().cpu())
@@ -173,8 +172,8 @@ def layer_conditionings(
         LayoutError: for tokens or text that do not belong to the adapter.
         ConfigError: if two styles without masks act at the same time.
     """
-    assert isinstance(adapter.layers, StyleCrafterSdxl)
-    keys_values = adapter.layers.keys_values(region.tokens)
+    assert adapter.unet_layers is not None
+    keys_values = adapter.unet_layers.keys_values(region.tokens)
     gains = [predicted_gains(adapter, text, region.tokens) for text, _ in positive]
 
     def carrying(

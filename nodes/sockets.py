@@ -12,60 +12,15 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..stylemaster_core.data.images import CropMode
-from ..stylemaster_core.models.decoupled_attention import StyleAttention
-from ..stylemaster_core.models.style_projector import StyleProjector
-from ..stylemaster_core.models.stylecrafter import StyleCrafterEncoder
-from ..stylemaster_core.models.stylecrafter_sdxl import StyleCrafterSdxl
+from ..stylemaster_core.models.style_adapter import StyleCrafterAdapter
 from .menu import category, is_trainer, mark_advanced
 
-StyleAdapterSocket: Any = io.Custom("STYLE_ADAPTER")  # StyleAdapter or StyleCrafterAdapter
+StyleAdapterSocket: Any = io.Custom("STYLE_ADAPTER")  # the core's StyleAdapter
 StyleFeaturesSocket: Any = io.Custom("STYLE_FEATURES")  # StyleFeatures
 StyleSocket: Any = io.Custom("STYLE")  # the core's Style
 ControlNetSocket: Any = io.Custom("GRAY_TILE_CONTROLNET")  # from `load_native_controlnet`
 GridSocket: Any = io.Custom("STYLE_GRID")  # Grid
 MotionAdapterSocket: Any = io.Custom("MOTION_ADAPTER")  # the core's MotionAdapter
-
-
-@dataclass(frozen=True, eq=False)
-class StyleAdapter:
-    """StyleMaster's style adapter."""
-
-    name: str
-    projector: StyleProjector
-    attention: StyleAttention
-
-
-@dataclass(frozen=True, eq=False)
-class StyleCrafterAdapter:
-    """StyleCrafter's style adapter; what it is for is told by the kind of its layers.
-
-    Its weights are mapped from the file, so that the projections need no memory between uses.
-    """
-
-    name: str
-    encoder: StyleCrafterEncoder
-    layers: StyleCrafterSdxl | StyleAttention  # for a UNet (SDXL, VideoCrafter), or for Wan
-
-    @property
-    def method(self) -> str:
-        """What a style that is made with it says of its origin."""
-        return getattr(self.layers, "method", "stylecrafter-wan")
-
-    def seen(self, features: StyleFeatures) -> Tensor:
-        """What it takes of style pictures: [B, N, C]."""
-        return {
-            "stylecrafter-wan": lambda: features.patches,
-            "stylecrafter-sdxl": lambda: features.penultimate,
-            "stylecrafter-video": features.for_video,
-        }[self.method]()
-
-    @property
-    def num_layers(self) -> int:
-        return self.encoder.num_scales
-
-    @property
-    def text_width(self) -> int:
-        return self.encoder.scale_predictor.text_proj.in_features
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +37,12 @@ class StyleFeatures:
     crop: CropMode
     shuffle_seed: int
     for_video: Callable[[], Tensor]  # [B, N, C] as StyleCrafter's video adapter takes them
+
+    def seen_by(self, adapter: StyleCrafterAdapter) -> Tensor:
+        """What a StyleCrafter adapter takes of the pictures: [B, N, C]."""
+        if adapter.unet_layers is None:
+            return self.patches
+        return self.for_video() if adapter.unet_layers.video_layers else self.penultimate
 
 
 @dataclass(frozen=True)

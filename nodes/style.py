@@ -12,6 +12,11 @@ from torch import Tensor
 from ..stylemaster_core.data.images import CropMode
 from ..stylemaster_core.data.thumbnails import read_thumbnail, thumbnail_jpeg
 from ..stylemaster_core.errors import ConfigError, LayoutError
+from ..stylemaster_core.models.style_adapter import (
+    StyleAdapter,
+    StyleCrafterAdapter,
+    StyleMasterAdapter,
+)
 from ..stylemaster_core.models.style_tokens import (
     BlendMode,
     Style,
@@ -25,9 +30,7 @@ from .conditionings import Conditioning
 from .layouts import image_to_frames, pictures_to_image
 from .paths import STYLES, check_choice, fingerprint, model_file, model_names, save_numbered
 from .sockets import (
-    StyleAdapter,
     StyleAdapterSocket,
-    StyleCrafterAdapter,
     StyleFeatures,
     StyleFeaturesSocket,
     StyleSocket,
@@ -168,7 +171,7 @@ class TextureSelector(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        adapter: StyleAdapter | StyleCrafterAdapter,
+        adapter: StyleAdapter,
         features: StyleFeatures,
         prompt: Conditioning,
         mode: SelectionMode,
@@ -182,6 +185,7 @@ class TextureSelector(io.ComfyNode):
         if isinstance(adapter, StyleCrafterAdapter):
             _refuse_selection(mode, keep, clip_prompt)
             return io.NodeOutput(*encode_stylecrafter(adapter, features, several))
+        assert isinstance(adapter, StyleMasterAdapter)
         style, picture = select_textures(
             adapter,
             features,

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..stylemaster_core.data.content_shuffle import content_shuffle
 from ..stylemaster_core.data.images import CropMode, clip_pixels, stylecrafter_video_pixels
 from ..stylemaster_core.errors import ConfigError, LayoutError
-from ..stylemaster_core.models.style_tokens import BlendMode, Style, blend_styles
+from ..stylemaster_core.models.style_adapter import StyleCrafterAdapter, StyleMasterAdapter
+from ..stylemaster_core.models.style_tokens import BlendMode, Style, blend_styles, provenance_of
 from ..stylemaster_core.models.texture_selector import (
     Selection,
     SelectionMode,
@@ -26,7 +27,7 @@ from ..stylemaster_core.models.texture_selector import (
 from ..stylemaster_core.pipelines.pictures import clip_view_picture, selection_picture
 from .conditionings import Conditioning
 from .layouts import clip_view_to_image, image_to_frames, pictures_to_image
-from .sockets import StyleAdapter, StyleCrafterAdapter, StyleFeatures
+from .sockets import StyleFeatures
 
 _SAMPLED = 64  # numbers of each weight
 
@@ -156,15 +157,11 @@ def encode_stylecrafter(
         LayoutError: for features of another vision model.
     """
     encoder = copy.deepcopy(adapter.encoder).float()
-    seen = adapter.seen(features).split(1)
+    seen = features.seen_by(adapter).split(1)
     groups = [list(seen)] if several == "concatenate" else [[view] for view in seen]
-    hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in features.pictures]
-    provenance: dict[str, object] = {
-        "method": adapter.method,
-        "images_sha256": hashes,
-        "crop": features.crop,
-        "adapter": adapter.name,
-    }
+    provenance = provenance_of(
+        features.pictures, method=adapter.method, adapter=adapter.name, crop=features.crop
+    )
     styles = [Style(encoder(group), provenance) for group in groups]
     style = styles[0] if len(styles) == 1 else blend_styles(styles)
     views = [clip_view_picture(picture, features.crop) for picture in features.pictures]
@@ -172,7 +169,7 @@ def encode_stylecrafter(
 
 
 def select_textures(
-    adapter: StyleAdapter,
+    adapter: StyleMasterAdapter,
     features: StyleFeatures,
     prompt: Conditioning,
     mode: SelectionMode,
@@ -201,16 +198,10 @@ def select_textures(
             seed=seed,
         )
     texture = {"selection": mode, "drop_rate": drop_rate, "keep": keep, "seed": seed}
-    texture |= {"crop": features.crop, "shuffle_seed": features.shuffle_seed}
+    texture |= {"include_cls": True, "shuffle_seed": features.shuffle_seed}
+    origin = {"method": adapter.method, "adapter": adapter.name, "crop": features.crop}
     styles = [
-        Style(
-            tokens[None].float(),
-            {
-                "image_sha256": hashlib.sha256(picture.tobytes()).hexdigest(),
-                "texture": texture,
-                "adapter": adapter.name,
-            },
-        )
+        Style(tokens[None].float(), provenance_of([picture], **origin, texture=texture))
         for tokens, picture in zip(result.tokens, features.pictures, strict=True)
     ]
     selection = Selection(result.kept, result.similarity)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,9 +22,7 @@ from .paths import check_choice, fingerprint
 from .sockets import (
     ControlNetSocket,
     MotionAdapterSocket,
-    StyleAdapter,
     StyleAdapterSocket,
-    StyleCrafterAdapter,
     schema,
 )
 
@@ -57,21 +54,13 @@ def load_tiny(method: Method = "StyleMaster", folder: Path = FOLDER) -> tuple[An
         load_native_text_encoder(files.need("text_encoder", "A prompt")),
         load_native_patch_vae(files.need("vae", "A video")),
         load_native_image_encoder(files.need("image_encoder", "A style picture")),
-        _in_float32(load_adapter(files.need("adapter", "A style"))),
+        # Small enough to do what the command line does: keys and values are made on the CPU.
+        load_adapter(files.need("adapter", "A style")).float(),
         load_native_controlnet(
             tensors("controlnet", "gray_tile_controlnet", "gray-tile ControlNet")
         ),
         load_motion_adapter(tensors("motion_adapter", "motion_adapter", "motion adapter")),
     )
-
-
-def _in_float32(
-    adapter: StyleAdapter | StyleCrafterAdapter,
-) -> StyleAdapter | StyleCrafterAdapter:
-    # Small enough to do what the command line does: keys and values are made on the CPU.
-    if isinstance(adapter, StyleCrafterAdapter):
-        return dataclasses.replace(adapter, layers=adapter.layers.float())
-    return dataclasses.replace(adapter, attention=adapter.attention.float())
 
 
 class LoadTiny(io.ComfyNode):

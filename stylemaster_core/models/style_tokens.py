@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +46,30 @@ class Style:
             raise LayoutError(f"a style is [1, S, D] tokens, got {list(self.tokens.shape)}")
         if not torch.isfinite(self.tokens).all():
             raise LayoutError("the style tokens hold NaN or infinity; encode the style image again")
+
+
+def provenance_of(
+    pictures: Sequence[np.ndarray],
+    *,
+    method: str,
+    adapter: str,
+    crop: str,
+    names: Sequence[str] = (),
+    **more: object,
+) -> dict[str, object]:
+    """What a style says of its origin, whichever host and adapter made it.
+
+    Args:
+        pictures: uint8 [H, W, 3] each.
+        method: of the adapter.
+        adapter: name of its file.
+        crop: how the image encoder's square was cut.
+        names: of the pictures, where they are known.
+        more: plain JSON values that only some methods have.
+    """
+    hashes = [hashlib.sha256(np.ascontiguousarray(p).tobytes()).hexdigest() for p in pictures]
+    record: dict[str, object] = {"method": method, "adapter": adapter, "images": list(names)}
+    return record | {"images_sha256": hashes, "crop": crop} | more
 
 
 def blend_styles(

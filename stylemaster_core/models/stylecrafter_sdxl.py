@@ -77,6 +77,7 @@ class StyleCrafterSdxl(nn.Module):
 
     # Of the video release's adapter (`load_stylecrafter_video`); empty for SDXL's.
     video_layers: Sequence[str] = ()
+    name: str = ""  # of its file
 
     def __init__(self, encoder: StyleCrafterEncoder, layer_widths: Sequence[int]) -> None:
         super().__init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..data.content_shuffle import content_shuffle
 from ..data.images import CropMode, clip_pixels
 from ..errors import ConfigError
-from ..models.style_tokens import Style
+from ..models.style_tokens import Style, provenance_of
 from ..models.texture_selector import PAPER_KEEP, Selection, SelectionMode, relevance_map
 from .models import Models
 
@@ -105,13 +104,17 @@ def encode_style(
             similarity=similarity,
             seed=config.seed,
         )
-    provenance: dict[str, object] = {
-        "image": name,
-        "image_sha256": _sha256(image),
-        "prompt": prompt,
-        "texture": asdict(config),
-        "adapter": Path(models.files.adapter or models.files.transformer or "").name,
-    }
+    texture = asdict(config) | {"shuffle_seed": config.seed}
+    del texture["crop"]  # stands beside it, as for every method
+    provenance = provenance_of(
+        [image],
+        method="stylemaster",
+        adapter=Path(models.files.adapter or models.files.transformer or "").name,
+        crop=config.crop,
+        names=[name],
+        texture=texture,
+        prompt=prompt,
+    )
     style = Style(result.tokens.float().cpu(), provenance)
     maps = relevance_map(Selection(result.kept, result.similarity), patches.shape[1])
     return EncodedStyle(style, *maps, shuffled)
@@ -142,15 +145,11 @@ def encode_stylecrafter(
     with models.stylecrafter() as adapter, models.image_encoder() as encoder:
         pixels = [clip_pixels(image, crop=crop, size=encoder.image_size)[None] for image in images]
         tokens = adapter([encoder.encode(picture).patch_features for picture in pixels])
-    provenance: dict[str, object] = {
-        "method": "stylecrafter-wan",
-        "images": list(names),
-        "images_sha256": [_sha256(image) for image in images],
-        "crop": crop,
-        "adapter": Path(models.files.adapter or "").name,
-    }
+    provenance = provenance_of(
+        images,
+        method="stylecrafter-wan",
+        adapter=Path(models.files.adapter or "").name,
+        crop=crop,
+        names=names,
+    )
     return Style(tokens.float().cpu(), provenance)
-
-
-def _sha256(image: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()

@@ -334,22 +334,13 @@ class Models:
             yield model
 
     def _load_projector(self) -> StyleProjector:
-        from ..models.style_projector import load_style_projector
+        from ..models.style_adapter import STYLE_MODEL, read_projector
         from ..weights.state_dict import strip_prefix
 
         path = self.files.adapter or self.files.need("transformer", "A style")
         weights, metadata = _read(path, {"stylemaster", "style_adapter"}, "a StyleMaster adapter")
-        prefix = "style_model."
-        style = {
-            key.removeprefix(prefix): value.float()
-            for key, value in strip_prefix(weights).items()
-            if key.startswith(prefix)
-        }
-        return load_style_projector(
-            style,
-            num_heads=int(metadata.get("style_num_heads", 8)),
-            global_embeds=metadata.get("global_embeds"),
-        ).to(self.device)
+        weights = {k: v for k, v in strip_prefix(weights).items() if k.startswith(STYLE_MODEL)}
+        return read_projector(weights, metadata).float().to(self.device)
 
     def _load_stylecrafter(self) -> StyleCrafterEncoder:
         from ..models.stylecrafter import load_stylecrafter_encoder, stylecrafter_heads

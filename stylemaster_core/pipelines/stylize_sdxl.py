@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +17,10 @@ from ..data.images import CropMode, clip_pixels, stylecrafter_video_pixels
 from ..errors import ConfigError, WeightsError
 from ..models.decoupled_attention import StyleRegion
 from ..models.image_encoder import load_image_encoder
-from ..models.style_tokens import Style
+from ..models.style_adapter import StyleCrafterAdapter, create_adapter
+from ..models.style_tokens import Style, provenance_of
 from ..models.stylecrafter import is_encoder_key
-from ..models.stylecrafter_sdxl import (
-    LayerKV,
-    StyleCrafterSdxl,
-    load_stylecrafter_sdxl,
-    load_stylecrafter_video,
-)
+from ..models.stylecrafter_sdxl import LayerKV, StyleCrafterSdxl
 from ..reading import reading
 from ..sampling.denoise_image import ImageText, denoise_image
 from ..seeds import LOWEST_OF_TORCH, check_seed
@@ -106,8 +101,10 @@ def _load_adapter(path: Path, skip_check: bool) -> StyleCrafterSdxl:
         check_weights(tensors, path)
     # Projections stay mapped from the file, and are widened one by one when they are used.
     weights = {k: v.float() if is_encoder_key(k) else v for k, v in tensors.items()}
-    load = load_stylecrafter_sdxl if kind == "stylecrafter_sdxl" else load_stylecrafter_video
-    return load(weights, content.metadata)
+    adapter = create_adapter(path.name, kind, weights, content.metadata)
+    assert isinstance(adapter, StyleCrafterAdapter) and adapter.unet_layers is not None
+    adapter.unet_layers.name = path.name
+    return adapter.unet_layers
 
 
 def load_sdxl(
@@ -219,13 +216,9 @@ def encode_style(
     else:
         pixels = [clip_pixels(image, crop=crop, size=encoder.image_size)[None] for image in images]
         features = [encoder.penultimate(picture).cpu() for picture in pixels]
-    hashes = [hashlib.sha256(np.ascontiguousarray(i).tobytes()).hexdigest() for i in images]
-    provenance: dict[str, object] = {
-        "method": adapter.method,
-        "images": list(names),
-        "images_sha256": hashes,
-        "crop": crop,
-    }
+    provenance = provenance_of(
+        images, method=adapter.method, adapter=adapter.name, crop=crop, names=names
+    )
     return Style(adapter.encoder(features), provenance)
 
 

@@ -20,6 +20,7 @@ from stylemaster_core.training.setup import _as_trained
 from stylemaster_core.training.style_branch import style_keys
 from stylemaster_core.weights.files import read_state_dict, write_state_dict
 from stylemaster_core.weights.shapes import AdapterSizes, expected_adapter_shapes
+from tests.origin import ORIGIN, TEXTURE
 from tests.unit.node_modules import NAME, node_module
 
 SIZES = AdapterSizes(
@@ -78,7 +79,9 @@ def test_the_pipeline_obeys(contrastive, metadata, expected, small, tmp_path):
         encoder.encode = lambda views: seen.append(inner(views)) or seen[-1]  # type: ignore[method-assign]
         taken = []
         projector.register_forward_pre_hook(lambda _, arguments: taken.append(arguments[1]))
-        encode_style(models, picture, "a boat", TextureConfig(selection="all"))
+        style = encode_style(models, picture, "a boat", TextureConfig(selection="all")).style
+    assert set(style.provenance) == ORIGIN | {"texture", "prompt"}
+    assert set(style.provenance["texture"]) == TEXTURE
     own, shuffled = seen[0].image_embeds.split(1)
     assert not torch.allclose(own, shuffled)
     assert torch.equal(taken[0], own if expected == "image_embeds" else shuffled)
@@ -111,7 +114,7 @@ def test_the_nodes_obey(contrastive, metadata, expected, tmp_path, monkeypatch):
         sockets = sys.modules[f"{NAME}.nodes.sockets"]
         sys.modules[f"{NAME}.nodes.motion"] = Stub("motion")
         sys.modules[f"{NAME}.nodes.paths"] = Stub("paths")
-        adapter = importlib.import_module(f"{NAME}.nodes.loaders").load_style_adapter(path)
+        adapter = importlib.import_module(f"{NAME}.nodes.loaders").load_adapter(path)
         assert adapter.projector.global_embeds == expected
         embeds = {"image_embeds": torch.full((1, 6), 0.25), "shuffled_embeds": torch.ones(1, 6)}
         patches = torch.randn(1, 17, 16)
@@ -125,11 +128,13 @@ def test_the_nodes_obey(contrastive, metadata, expected, tmp_path, monkeypatch):
             taken.append(arguments[1])
 
         adapter.projector.register_forward_pre_hook(keep)
-        style_encoding.select_textures(
+        style, _ = style_encoding.select_textures(
             adapter, features, [[torch.zeros(1, 3, 16), {}]], "all", drop_rate=0.5, keep=0, seed=0,
             several="mean", clip_prompt=None,
         )  # fmt: skip
     assert torch.equal(taken[0], embeds[expected])
+    assert set(style.provenance) == ORIGIN | {"texture"}  # a node is not told the words
+    assert set(style.provenance["texture"]) == TEXTURE
 
 
 @pytest.mark.parametrize(("contrastive", "metadata", "expected"), CASES)

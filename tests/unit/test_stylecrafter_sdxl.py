@@ -33,6 +33,7 @@ from stylemaster_core.weights.convert import convert
 from stylemaster_core.weights.files import read_state_dict, write_state_dict
 from stylemaster_core.weights.shapes import expected_stylecrafter_sdxl_shapes
 from stylemaster_core.weights.state_dict import shapes_of
+from tests.origin import ORIGIN
 
 CONFIG = SdxlConfig(prompt="a cat", size=(128, 96), num_steps=3, seed=4)
 
@@ -165,6 +166,7 @@ def test_references_are_read_together(adapter, small):
     mean = (alone[0].tokens + alone[1].tokens) / 2
     assert (together.tokens - mean).abs().max() > 1e-3
     assert together.provenance["images"] == ["a", "b"]
+    assert set(together.provenance) == ORIGIN and together.provenance["adapter"] == adapter.name
 
 
 def test_gains_differ_between_prompts_and_styles(pipe, adapter, styles):

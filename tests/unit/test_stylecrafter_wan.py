@@ -33,6 +33,7 @@ from stylemaster_core.weights.shapes import (
     stylecrafter_wan_sizes,
 )
 from stylemaster_core.weights.state_dict import detect_kind, shapes_of, split_release
+from tests.origin import ORIGIN
 
 WIDTH = 24  # of the tiny transformer
 ENCODER = StyleCrafterSizes(
@@ -226,6 +227,7 @@ def test_pipeline(models, monkeypatch):
     assert models.has_stylecrafter
     style = encode_stylecrafter(models, [picture(0), picture(1)], names=["a", "b"])
     assert style.tokens.shape == (1, 5, 256) and style.provenance["images"] == ["a", "b"]
+    assert set(style.provenance) == ORIGIN and style.provenance["method"] == "stylecrafter-wan"
     styled = stylize(models, style, CONFIG).latents
     plain = stylize(models, None, CONFIG).latents
     assert (styled - plain).abs().max() > 1e-2

@@ -515,7 +515,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         for key in [key for key in tensors if key.endswith("in_proj_bias")]:
             queries, _, values = tensors[key].chunk(3)
             tensors[key] = torch.cat([queries, values])
-    # By the norm of all: where a gradient is nearly nothing, Adam makes a step of its rounding noise.
+    # By the norm of all: Adam makes a step of the rounding noise of a gradient that is nothing.
     difference, size = (
         torch.cat([tensors[k].flatten() for k in theirs]).norm()
         for tensors in ({k: ours[k] - theirs[k] for k in theirs}, theirs)

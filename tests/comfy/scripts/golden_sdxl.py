@@ -125,7 +125,9 @@ def load_adapter(**changes: Any) -> Any:
     }
     core = pack("stylemaster_core.models.stylecrafter_sdxl")
     layers = core.load_stylecrafter_sdxl(under("adapter.") | changes, heads)
-    return pack("nodes.sockets").StyleCrafterAdapter("golden", layers.encoder, layers)
+    return pack("stylemaster_core.models.style_adapter").StyleCrafterAdapter(
+        "golden", layers.encoder, layers
+    )
 
 
 def conditioning(prefix: str = "") -> Any:

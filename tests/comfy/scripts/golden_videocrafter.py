@@ -28,7 +28,9 @@ def load_model(**changes: Tensor) -> Any:
 def load_adapter() -> Any:
     core = pack("stylemaster_core.models.stylecrafter_sdxl")
     layers = core.load_stylecrafter_video(under("adapter."), HEADS)
-    return pack("nodes.sockets").StyleCrafterAdapter("golden", layers.encoder, layers)
+    return pack("stylemaster_core.models.style_adapter").StyleCrafterAdapter(
+        "golden", layers.encoder, layers
+    )
 
 
 def conditioning(*, negative: bool = False) -> Any:

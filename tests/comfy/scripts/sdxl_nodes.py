@@ -118,9 +118,9 @@ tensors = [x for kv in condition.styles[0].keys_values for x in (*kv[:2], *kv.no
 facts["kept_layers"] = len(condition.styles[0].keys_values)
 facts["views"] = sum(x.untyped_storage().nbytes() - x.nbytes for x in tensors)
 
-sockets = wan.pack("nodes.sockets")
+adapters = wan.pack("stylemaster_core.models.style_adapter")
 attention = wan.adapter(wan.golden("weights_dit_a"))
-stylemaster = sockets.StyleAdapter("small.safetensors", None, attention)
+stylemaster = adapters.StyleMasterAdapter("small.safetensors", None, attention)
 other = wan.load_model(wan.golden("weights_dit_a"))
 narrow = wan.pack("stylemaster_core.models.style_tokens").Style(first.tokens[..., :8])
 (small_vision,) = stub_nodes.StubCLIPVisionLoader().load(width=48)

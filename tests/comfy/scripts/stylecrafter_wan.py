@@ -55,7 +55,9 @@ facts["guided"] = wan.relative(
     wan.guided(model, (styled, text, no_text), (5.0, 3.0), x["latents"], x["sigmas"]), x["sampled"]
 )
 attention = wan.adapter(wan.golden("weights_dit_a"))
-other = wan.pack("nodes.sockets").StyleAdapter("small", None, attention)
+other = wan.pack("stylemaster_core.models.style_adapter").StyleMasterAdapter(
+    "small", None, attention
+)
 tokens = wan.golden("04_guidance")["out.style_feat"]
 second = wan.pack("stylemaster_core.models.style_tokens").Style(tokens[:1])
 facts["mixed"] = wan.error_of(

@@ -210,13 +210,13 @@ facts["vision"] = [list(keys) for keys in vision.load_sd(visual)]
 encoding = wan.pack("nodes.style_encoding")
 image = seen["image_u8"].permute(1, 2, 0)[None].float() / 255
 features = encoding.encode_pictures(vision, image, 0, "center")
-results["features"] = adapter.seen(features)
+results["features"] = features.seen_by(adapter)
 results["features.patches"] = features.patches
 
 squashed = encoding.encode_pictures(vision, image, 0, "squash")
 sdxl_model, sdxl_adapter = sdxl.load_model(), sdxl.load_adapter()
 errors = {
-    "crop": lambda: adapter.seen(squashed),
+    "crop": lambda: squashed.seen_by(adapter),
     "sdxl_model": lambda: applied(sdxl_model),
     "sdxl_adapter": lambda: applied(adapter=sdxl_adapter),
     "frames": lambda: applied(first_frame=2),
