@@ -17,15 +17,13 @@ from stylemaster_core.layouts import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from stylemaster_core.models.image_encoder import ImageEncoder
 from stylemaster_core.models.patch_vae import PatchVAE
 
-from .pixel_loss import PixelLoss
+from .pixel_loss import PLANES, PixelLoss
 
 SCALES = 1, 2, 4  # px of a pixel of each
 SQUARE = 16  # px, in which changes are gathered
 LEAST = 2e-5  # energy of a change that counts as nothing; pixels are in -1..1
 TEXTURE_WEIGHT = 0.25
 FEATURE_WEIGHTS = 0.3, 0.75  # of parts of the picture, and of the whole
-# Light, and two planes of colour, of RGB.
-PLANES = (0.299, 0.587, 0.114), (0.5, -0.419, -0.081), (-0.169, -0.331, 0.5)
 
 
 class Picture(nn.Module):

@@ -14,6 +14,10 @@ from stylemaster_core.layouts import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from stylemaster_core.models.patch_vae import PatchVAE
 
 BORDER_WEIGHT = 0.3  # of the steps between blocks, which the eye sees as a grid
+# Light, and two planes of colour, of RGB. Colours differ by less than light within a picture, and
+# are what a palette is made of: without the factor nothing of them was learned there.
+PLANES = (0.299, 0.587, 0.114), (0.5, -0.419, -0.081), (-0.169, -0.331, 0.5)
+COLOUR_FACTOR = 2.0
 
 
 class PixelLoss(nn.Module):
@@ -28,7 +32,12 @@ class PixelLoss(nn.Module):
     def __init__(self, vae: PatchVAE) -> None:
         super().__init__()
         linear = vae.patch_decoder.linear.weight.detach().float()[:, :, 0, 0]
-        deviation = linear.norm(dim=0)
+        values = rearrange(linear, "(f c p) k -> f c p k", f=TEMPORAL_STRIDE, c=3)
+        factors = torch.tensor([1, COLOUR_FACTOR, COLOUR_FACTOR])
+        planes = torch.tensor(PLANES) * factors[:, None]
+        deviation = (
+            torch.einsum("fcpk,nc->fnpk", values, planes.to(values)).flatten(0, 2).norm(dim=0)
+        )
         self.register_buffer("weights", deviation / deviation.mean(), persistent=False)
         side = SPATIAL_STRIDE
         blocks = rearrange(linear, "(f c y x) k -> f c y x k", f=TEMPORAL_STRIDE, y=side, x=side)[

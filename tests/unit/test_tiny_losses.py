@@ -38,18 +38,28 @@ def vae(pool):
 
 
 def test_channels_weigh_what_they_mean_in_pixels(vae):
+    def weigh():
+        loss, error = PixelLoss(vae), torch.zeros(2, 16, 1, 4, 4)
+        assert loss.weights.mean() == pytest.approx(1, abs=1e-5)
+        error[0, 3] = error[1, 2] = 1
+        costs = loss(error)
+        return (loss.weights[3] / loss.weights[2]).item(), (costs[0] / costs[1]).item()
+
+    before = weigh()
     with torch.no_grad():
         vae.patch_decoder.linear.weight[:, 3] *= 10
-    loss = PixelLoss(vae)
-    assert loss.weights.mean() == pytest.approx(1, abs=1e-5)
-    assert loss.weights[3] > 5 * loss.weights[2]
+    for now, then in zip(weigh(), before, strict=True):
+        assert now > 5 * then
 
-    def cost(channel):
-        error = torch.zeros(1, 16, 1, 4, 4)
-        error[:, channel] = 1
-        return loss(error).item()
 
-    assert cost(3) > 5 * cost(2)
+def test_colours_weigh_more_than_light(vae):
+    gray, blue_for_red = torch.tensor([1.0, 1, 1]), torch.tensor([1.0, 0, -1])
+    with torch.no_grad():
+        for channel, colour in enumerate((gray, blue_for_red)):
+            direction = (colour / colour.norm()).repeat_interleave(64).repeat(4)
+            vae.patch_decoder.linear.weight[:, channel] = direction[:, None, None]
+    weights = PixelLoss(vae).weights
+    assert 1.8 < weights[1] / weights[0] < 2.5
 
 
 def test_borders_are_those_of_what_is_decoded(vae):
