@@ -32,18 +32,15 @@ class PixelLoss(nn.Module):
     def __init__(self, vae: PatchVAE) -> None:
         super().__init__()
         linear = vae.patch_decoder.linear.weight.detach().float()[:, :, 0, 0]
-        values = rearrange(linear, "(f c p) k -> f c p k", f=TEMPORAL_STRIDE, c=3)
-        factors = torch.tensor([1, COLOUR_FACTOR, COLOUR_FACTOR])
-        planes = torch.tensor(PLANES) * factors[:, None]
-        deviation = (
-            torch.einsum("fcpk,nc->fnpk", values, planes.to(values)).flatten(0, 2).norm(dim=0)
-        )
-        self.register_buffer("weights", deviation / deviation.mean(), persistent=False)
         side = SPATIAL_STRIDE
-        blocks = rearrange(linear, "(f c y x) k -> f c y x k", f=TEMPORAL_STRIDE, y=side, x=side)[
-            -1
-        ]
-        sides = [blocks[:, :, 0], blocks[:, :, -1], blocks[:, 0], blocks[:, -1]]
+        pixels = rearrange(linear, "(f c y x) k -> f c y x k", f=TEMPORAL_STRIDE, y=side, x=side)
+        factors = torch.tensor([1, COLOUR_FACTOR, COLOUR_FACTOR])
+        planes = (torch.tensor(PLANES) * factors[:, None]).to(pixels)
+        seen = torch.einsum("fcyxk,nc->fnyxk", pixels, planes)
+        deviation = seen.flatten(0, 3).norm(dim=0)
+        self.register_buffer("weights", deviation / deviation.mean(), persistent=False)
+        last = seen[-1]
+        sides = [last[:, :, 0], last[:, :, -1], last[:, 0], last[:, -1]]
         edges = torch.stack([edge.flatten(0, 1) for edge in sides])
         # Borders of independent errors that cost 1 in all channels cost 1, too.
         edges = edges / (2 * edges.square().sum(-1).mean()).sqrt()

@@ -8,7 +8,7 @@ import torch
 from recipes.tiny import refiner
 from recipes.tiny.limit import TimeOver
 from recipes.tiny.picture_loss import FeatureLoss, PictureLoss, TextureLoss
-from recipes.tiny.pixel_loss import PixelLoss
+from recipes.tiny.pixel_loss import COLOUR_FACTOR, PLANES, PixelLoss
 from recipes.tiny.vae import ClipPool, fit_pca
 from stylemaster_core.models.image_encoder import load_image_encoder
 from stylemaster_core.models.patch_vae import (
@@ -67,7 +67,9 @@ def test_borders_are_those_of_what_is_decoded(vae):
     loss, error = PixelLoss(vae), torch.randn(2, 16, 1, 4, 4)
     maps = error[:, :, 0]
     linear = vae.patch_decoder.linear
-    video = blocks_to_video(torch.nn.functional.conv2d(maps, linear.weight), 2)
+    rgb = blocks_to_video(torch.nn.functional.conv2d(maps, linear.weight), 2)
+    planes = torch.tensor(PLANES) * torch.tensor([1, COLOUR_FACTOR, COLOUR_FACTOR])[:, None]
+    video = torch.einsum("bcthw,nc->bnthw", rgb, planes)
     across = video.diff(dim=-1)[..., 7::8].square().mean((1, 2, 3, 4))
     down = video.diff(dim=-2)[..., 7::8, :].square().mean((1, 2, 3, 4))
     plain = (error.square() * loss.weights[:, None, None, None]).flatten(1).mean(1)
