@@ -12,7 +12,7 @@ import pytest
 
 from stylemaster_core.models.style_tokens import FORMAT, TAGS_KEY, THUMBNAIL_KEY, load_style
 from stylemaster_core.weights.files import write_state_dict
-from tests.comfy import blueprints, browser, layout, node_texts, server, shipped_workflows
+from tests.comfy import blueprints, browser, layout, node_texts, server, shipped_workflows, validate
 from tests.comfy.shipped_workflows import names, small
 
 pytest.importorskip("playwright", reason="the browser tests need `pip install playwright`")
@@ -64,24 +64,8 @@ def test_a_template_opens_without_missing_nodes(ui, name):
     assert ui.missing_nodes() == []
     assert ui.alerts() == []
     assert ui.errors == []
-    posted, shipped, info = ui.to_api(), shipped_workflows.load(name), get(ui, "/object_info")
-    for key, node in shipped.items():
-        known = info[node["class_type"]]["input"]
-        known = {**known.get("required", {}), **known.get("optional", {})}
-        # Older versions lack inputs of some stock nodes, newer ones have more.
-        node["inputs"] = {k: value for k, value in node["inputs"].items() if k in known}
-        given = posted[key]["inputs"]
-        for added in given.keys() - node["inputs"].keys():
-            ours = node["class_type"].startswith("StyleMaster")
-            # What a template does not name of our nodes, it leaves at its default.
-            assert not ours or added in info[node["class_type"]]["input"]["optional"], added
-            value = given.pop(added)
-            if added in known:
-                assert value == known[added][1].get("default"), added
-            else:  # of a choice ("format.codec"), what shows a video, or what nobody asks for
-                assert added.partition(".")[0] in known or added in ("video-preview", "codec")
-        assert posted[key].pop("_meta")["title"] == node.pop("_meta")["title"]
-    assert posted == shipped
+    info = get(ui, "/object_info")
+    assert validate.differences(ui.to_api(), shipped_workflows.load(name), info) == []
 
 
 @pytest.fixture(scope="module", params=layout.MODES)

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from stylemaster_core.weights.manifest import load_manifest
-from tests.comfy import browser, server, shipped_workflows, small_models
+from tests.comfy import browser, server, shipped_workflows, small_models, validate
 
 FOLDER = shipped_workflows.FOLDER
 PACK = "stylemaster"
 _CONTROLS = ("fixed", "increment", "decrement", "randomize")
 NOTE = "MarkdownNote"
+UPLOAD = "upload"  # a button, not a value
+_KINDS = {bool: "BOOLEAN", int: "INT", float: "FLOAT", str: "STRING"}
 
 # Groups from left to right, and the classes of nodes in each, from top to bottom.
 _GROUPS: dict[str, tuple[str, ...]] = {
@@ -126,17 +128,51 @@ def to_api(graph: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inputs(node: Mapping[str, Any], sources: Mapping[int, Any]) -> Iterator[tuple[str, Any]]:
-    values = list(node.get("widgets_values") or [])
-    for slot in node["inputs"]:
-        value = values.pop(0) if "widget" in slot else None
-        if isinstance(value, int) and values and values[0] in _CONTROLS:
-            values.pop(0)  # what the editor does with a seed after a run
+    for slot, values in _slots(node):
         if slot.get("link") is not None:
             yield slot["name"], sources[slot["link"]]
-        elif "widget" in slot and slot["name"] != "upload":
-            yield slot["name"], value
+        elif values and slot["name"] != UPLOAD:
+            yield slot["name"], values[0]
+
+
+def _slots(node: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[Any]]]:
+    """Each input of a node with the values of its widget: none, one, or two of a seed."""
+    values, slots = list(node.get("widgets_values") or []), []
+    for slot in node["inputs"]:
+        own = [values.pop(0) if values else None] if "widget" in slot else []
+        if own and isinstance(own[0], int) and values and values[0] in _CONTROLS:
+            own.append(values.pop(0))  # what the editor does with a seed after a run
+        slots.append((slot, own))
     if values:
         raise ValueError(f"node {node['id']} ({node['type']}) has more values: {values}")
+    return slots
+
+
+def name_the_same(graph: Mapping[str, Any], api: Mapping[str, Any]) -> None:
+    """Give each node the inputs with a value that the API workflow names, and no others.
+
+    Stock nodes of other versions have more of them, or fewer; a value of one that this version
+    lacks stands after the others, as in newer versions. Whether what is left out is at its default
+    says `validate.differences`.
+    """
+    for node in graph["nodes"]:
+        if node["type"] == NOTE:
+            continue
+        wanted = api[str(node["id"])]["inputs"]
+        kept = [
+            (slot, values)
+            for slot, values in _slots(node)
+            if not values or slot["name"] in wanted or slot["name"] == UPLOAD
+        ]
+        there = {slot["name"] for slot, _ in kept}
+        for name, value in wanted.items():
+            if name not in there:
+                kind = _KINDS[type(value)]
+                slot = {"name": name, "type": kind, "widget": {"name": name}, "link": None}
+                kept.append((slot, [value]))
+        node["inputs"] = [slot for slot, _ in kept]
+        if any(values for _, values in kept):
+            node["widgets_values"] = [value for _, values in kept for value in values]
 
 
 def model_files() -> dict[str, dict[str, str]]:
@@ -157,6 +193,7 @@ def finish(graph: dict[str, Any], note: str) -> dict[str, Any]:
     """Arrange what the editor serialised; add the note, groups and addresses of models."""
     models = model_files()
     for node in graph["nodes"]:
+        node.pop("widgets_values_named", None)  # newer editors say all values twice
         values = node.get("widgets_values") or []
         node["widgets_values"] = ["fixed" if value in _CONTROLS else value for value in values]
         wanted = [models[value] for value in values if isinstance(value, str) and value in models]
@@ -309,8 +346,13 @@ _OWN_FILES = {
 }
 
 
-def make(name: str, ui: browser.Ui) -> dict[str, Any]:
+def make(name: str, ui: browser.Ui, info: Mapping[str, Any]) -> dict[str, Any]:
     """One workflow in the editor's format.
+
+    Args:
+        name: of the workflow.
+        ui: the editor.
+        info: the server's `object_info`.
 
     Raises:
         ValueError: if it would not mean the same as the API one.
@@ -320,9 +362,19 @@ def make(name: str, ui: browser.Ui) -> dict[str, Any]:
     graph = finish(ui.serialize(), note_of(name, api))
     for node in graph["nodes"]:
         node["title"] = node.get("title") or api[str(node["id"])]["_meta"]["title"]
-    if to_api(graph) != api:
-        raise ValueError(f"{name}: the editor changed the workflow; are all files there?")
+    _check(name, to_api(graph), api, info)
+    name_the_same(graph, api)
+    ui.load(graph)  # whether the editor reads what was taken off and put on as it is meant
+    _check(name, ui.to_api(), api, info)
     return graph
+
+
+def _check(
+    name: str, made: Mapping[str, Any], api: Mapping[str, Any], info: Mapping[str, Any]
+) -> None:
+    if found := validate.differences(made, api, info):
+        lines = "\n".join(found)
+        raise ValueError(f"{name}: the editor changed the workflow; are all files there?\n{lines}")
 
 
 def main() -> None:
@@ -335,9 +387,10 @@ def main() -> None:
         shipped_workflows.write_models(models)
         with server.ComfyServer(checkouts[0], Path(folder) / "base", models) as comfy:
             shipped_workflows.write_inputs(comfy.input_dir)
+            info = comfy.object_info()
             with browser.open_ui(comfy.url) as ui:
                 for name in sys.argv[1:] or shipped_workflows.names():
-                    text = json.dumps(make(name, ui), indent=1, ensure_ascii=False)
+                    text = json.dumps(make(name, ui, info), indent=1, ensure_ascii=False)
                     (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 

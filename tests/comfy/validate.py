@@ -1,4 +1,4 @@
-"""Whether an API workflow is what a ComfyUI's nodes ask for, without running it."""
+"""Whether an API workflow is what a ComfyUI's nodes ask for, and whether two are the same."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 FOLDER_INPUTS = ("folder", "name")
 FILE = re.compile(r"\.[a-z][a-z0-9]+$")
 NUMBERS = ("INT", "FLOAT")
+SHOWN_ONLY = {"video-preview"}  # the editor posts them, and no node asks for them
 
 
 def problems(workflow: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
@@ -34,7 +35,7 @@ def _of_node(
         yield "this ComfyUI has no such node"
         return
     required = described["input"].get("required", {})
-    for name, spec in {**required, **described["input"].get("optional", {})}.items():
+    for name, spec in _specs(described["input"]).items():
         if name not in node["inputs"]:
             if name in required:
                 yield f"{name} is required"
@@ -65,7 +66,7 @@ def _joins(given: Any, wanted: str) -> bool:
 
 def _of_value(name: str, value: Any, spec: Any, *_: Any) -> Iterator[str]:
     kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-    choices = kind if isinstance(kind, list) else options.get("options")
+    choices = _choices(spec)
     if choices and not all(isinstance(choice, str) for choice in choices):
         return  # choices with inputs of their own
     if kind in NUMBERS:
@@ -79,3 +80,73 @@ def _of_value(name: str, value: Any, spec: Any, *_: Any) -> Iterator[str]:
 
 def _of_machine(name: str, value: Any) -> bool:
     return name.endswith(FOLDER_INPUTS) or bool(FILE.search(str(value)))
+
+
+def differences(
+    made: Mapping[str, Any], shipped: Mapping[str, Any], info: Mapping[str, Any]
+) -> list[str]:
+    """In what a workflow means something else than the shipped one, one line each.
+
+    Versions know different inputs of stock nodes: one that only one side has and that is at this
+    version's default does not count, nor does one of the shipped that this version does not know.
+
+    Args:
+        made: in API format, by the editor of some ComfyUI.
+        shipped: in API format.
+        info: that server's `object_info`.
+    """
+    found = [f"node {key} is on one side only" for key in sorted(made.keys() ^ shipped.keys())]
+    for key in sorted(made.keys() & shipped.keys()):
+        ours, theirs = made[key], shipped[key]
+        title = f"{theirs['_meta']['title']} ({theirs['class_type']})"
+        for part in ("class_type", "_meta"):
+            if ours[part] != theirs[part]:
+                found.append(f"{title}: {part}: {ours[part]} instead of {theirs[part]}")
+        for name in sorted(ours["inputs"].keys() | theirs["inputs"].keys()):
+            if not _same(name, ours, theirs, info):
+                values = [node["inputs"].get(name, "(none)") for node in (ours, theirs)]
+                found.append(f"{title}: {name}: {values[0]} instead of {values[1]}")
+    return found
+
+
+def _same(
+    name: str, made: Mapping[str, Any], shipped: Mapping[str, Any], info: Mapping[str, Any]
+) -> bool:
+    sides = [node["inputs"] for node in (made, shipped) if name in node["inputs"]]
+    if len(sides) == 2:
+        return sides[0][name] == sides[1][name]
+    if shipped["class_type"].startswith("StyleMaster"):
+        return False
+    described = info.get(shipped["class_type"], {"input": {}})
+    spec = _spec(name, _specs(described["input"]), sides[0])
+    if spec is None:
+        return name in SHOWN_ONLY or name in shipped["inputs"]
+    return sides[0][name] == _default(spec)
+
+
+def _specs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**inputs.get("required", {}), **inputs.get("optional", {})}
+
+
+def _spec(name: str, specs: Mapping[str, Any], chosen: Mapping[str, Any]) -> Any:
+    """Description of an input, None if there is none; "format.codec" is one of a choice's own."""
+    spec, parts = None, name.split(".")
+    for count, part in enumerate(parts):
+        if spec is not None:
+            value = chosen.get(".".join(parts[:count]))
+            options = (o for o in _choices(spec) if isinstance(o, Mapping) and o["key"] == value)
+            specs = _specs(next(options, {"inputs": {}})["inputs"])
+        if (spec := specs.get(part)) is None:
+            return None
+    return spec
+
+
+def _choices(spec: Any) -> list[Any]:
+    options = spec[1] if len(spec) > 1 else {}
+    return spec[0] if isinstance(spec[0], list) else options.get("options") or []
+
+
+def _default(spec: Any) -> Any:
+    options = spec[1] if len(spec) > 1 else {}
+    first = next(iter(_choices(spec)), None)
+    return options.get("default", first["key"] if isinstance(first, Mapping) else first)
