@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page, Route
 
 WIDTH_PX, HEIGHT_PX = 1600, 950
+LIMIT_MS = 600_000  # against hanging; a busy machine needed two minutes for the first page
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 _READY = """() => window.app?.graph && window.app?.canvas &&
@@ -83,13 +84,14 @@ class Ui:
 
     def open(self) -> None:
         """Load the page and wait for the editor."""
+        self.page.set_default_timeout(LIMIT_MS)
         self.page.route("**/*", self._only_this_server)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         # Before the page is there: the first visit would open the templates, some time later.
         answer = self.page.request.post(f"{self.url}/api/settings", data=self.settings)
         assert answer.ok, answer.text()
-        self.page.goto(self.url, wait_until="domcontentloaded", timeout=120_000)
-        self.page.wait_for_function(_READY, timeout=120_000)
+        self.page.goto(self.url, wait_until="domcontentloaded")
+        self.page.wait_for_function(_READY)
         self.page.wait_for_timeout(1500)
 
     def _only_this_server(self, route: Route) -> None:

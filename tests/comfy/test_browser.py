@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+APPS = [name for name in names() if not name.startswith("train_")]
+
+
 @pytest.fixture(scope="module")
 def ui(comfy_server, comfy_models) -> Iterator[browser.Ui]:
     shipped_workflows.write_models(comfy_models)
@@ -42,7 +45,7 @@ def test_the_templates_are_listed_and_open(ui):
     ui.command("Comfy.BrowseTemplates")
     ui.page.get_by_role("dialog").get_by_text(server.PACK_NAME, exact=True).click()
     for name in names():
-        ui.page.get_by_text(name, exact=True).first.wait_for(timeout=20_000)
+        ui.page.get_by_text(name, exact=True).first.wait_for()
     ui.page.wait_for_function(
         """count => [...document.querySelectorAll('img')]
             .filter(image => image.naturalWidth === 560).length === count""",
@@ -50,7 +53,7 @@ def test_the_templates_are_listed_and_open(ui):
     )
     ui.page.get_by_text("saved_style", exact=True).first.click()
     opened = "() => window.app.graph._nodes.some(node => node.type === 'StyleMasterLoadStyle')"
-    ui.page.wait_for_function(opened, timeout=20_000)
+    ui.page.wait_for_function(opened)
     ui.page.wait_for_timeout(500)
     assert "wan2.1_t2v_1.3B_fp16.safetensors" in ui.page.get_by_role("dialog").inner_text()
     ui.page.keyboard.press("Escape")
@@ -66,6 +69,29 @@ def test_a_template_opens_without_missing_nodes(ui, name):
     assert ui.errors == []
     info = get(ui, "/object_info")
     assert validate.differences(ui.to_api(), shipped_workflows.load(name), info) == []
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_app_mode_shows_what_a_template_names(ui, name):
+    graph = json.loads((shipped_workflows.FOLDER / f"{name}.json").read_text("utf-8"))
+    ui.load(graph)
+    ui.page.keyboard.press("Escape")
+    known = "() => window.app.extensionManager.command.commands.map(command => command.id)"
+    if "Comfy.ToggleLinear" not in ui.page.evaluate(known):
+        pytest.skip("this version has no App mode")
+    ui.command("Comfy.ToggleLinear")
+    labels = ui.page.get_by_test_id("builder-widget-label")
+    shown = {
+        (str(node["id"]), slot["name"]): slot["label"]
+        for node in graph["nodes"]
+        for slot in node["inputs"]
+        if "label" in slot
+    }
+    wanted = [shown[tuple(entry)] for entry in graph["extra"]["linearData"]["inputs"]]
+    labels.nth(len(wanted) - 1).wait_for()
+    assert labels.all_inner_texts() == wanted
+    assert ui.errors == []
+    ui.command("Comfy.ToggleLinear")
 
 
 @pytest.fixture(scope="module", params=layout.MODES)
@@ -124,15 +150,14 @@ def test_saved_styles_are_chosen_by_their_pictures(drawn, comfy_models):
     opened.fit()
     opened.command("Comfy.RefreshNodeDefinitions")
     buttons = opened.page.locator(".stylemaster-library button")
-    buttons.nth(2).wait_for(state="attached", timeout=20_000)
+    buttons.nth(2).wait_for(state="attached")
 
     def shown(name: str) -> str:
         return buttons.filter(has_text=name).locator("img").evaluate("image => image.src")
 
     opened.page.wait_for_function(
         """() => [...document.querySelectorAll('.stylemaster-library img')]
-            .filter(image => image.naturalWidth === 96).length === 2""",
-        timeout=20_000,
+            .filter(image => image.naturalWidth === 96).length === 2"""
     )
     assert shown("ink").startswith("data:image/jpeg") and shown("remote").startswith(
         "data:image/gif"
@@ -155,10 +180,9 @@ def test_a_workflow_runs_to_a_video(ui):
     ui.fit()
     ui.queue()
     result = ui.page.locator('video[src*="text_to_video"]').first
-    result.wait_for(state="attached", timeout=120_000)
+    result.wait_for(state="attached")
     ui.page.wait_for_function(
-        "() => [...document.querySelectorAll('video')].some(video => video.videoWidth > 0)",
-        timeout=30_000,
+        "() => [...document.querySelectorAll('video')].some(video => video.videoWidth > 0)"
     )
     assert result.evaluate("video => [video.videoWidth, video.videoHeight]") == [
         shipped_workflows.WIDTH,
@@ -174,11 +198,10 @@ def test_a_nodes_help_is_shown(ui, node):
     ui.select(node)
     ui.page.locator('[data-testid="info-button"]').first.click()
     title = json.loads((node_texts.LOCALES / "en" / "nodeDefs.json").read_text())[node]
-    ui.page.get_by_role("heading", name=title["display_name"], exact=True).wait_for(timeout=20_000)
+    ui.page.get_by_role("heading", name=title["display_name"], exact=True).wait_for()
     ui.page.wait_for_function(
         """() => [...document.querySelectorAll('img[src*="images/"]')]
-            .some(image => image.complete && image.naturalWidth > 300)""",
-        timeout=20_000,
+            .some(image => image.complete && image.naturalWidth > 300)"""
     )
 
 

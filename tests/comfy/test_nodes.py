@@ -290,7 +290,8 @@ def test_rarely_used_inputs_are_marked_where_comfyui_knows_that(comfy, comfy_che
     known = "advanced" in inputs
     wanted = {"blocks", "block_weights", "first_frame", "last_frame"} if known else set()
     assert marked("StyleMasterApplyStyle") == wanted
-    assert marked("StyleMasterSampler") == set()
+    assert marked("StyleMasterSampler") == ({"same_noise"} if known else set())
+    assert marked("StyleMasterGuider") == set()
 
 
 def test_a_style_picture_makes_a_video(comfy):

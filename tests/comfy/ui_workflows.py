@@ -85,6 +85,23 @@ _TRAINING_GROUPS: dict[str, tuple[str, ...]] = {
     "2  Training": ("StyleMasterTrainMotionAdapter",),
     "3  What came of it": ("StyleMasterTrainingMonitor", "PreviewImage"),
 }
+# What App mode shows, from top to bottom: titles of nodes, their inputs, and what stands there (it
+# does not show titles).
+_APP_INPUTS = (
+    ("Content video", "file", "content video"),
+    ("Content image", "image", "content picture"),
+    ("Style image", "image", "style picture"),
+    ("Second style image", "image", "second style picture"),
+    ("Saved style", "style_name", "saved style"),
+    ("Prompt", "text", "prompt"),
+    ("Apply the style", "strength", "style strength"),
+    ("Apply the first style", "strength", "strength of the first"),
+    ("Apply the second style", "strength", "strength of the second"),
+    ("Keep the content", "strength", "keep the content"),
+    ("Sample", "seed", "seed"),
+    ("Seed", "noise_seed", "seed"),
+)
+_APP_RESULTS = ("Result", "Comparison")
 # Room for what a node shows once it has run; the others are as large as the editor makes them.
 _SIZES = {
     "CLIPTextEncode": (320, 120),
@@ -207,6 +224,24 @@ def finish(graph: dict[str, Any], note: str) -> dict[str, Any]:
     graph["extra"] = {"ds": {"scale": 0.6, "offset": [120, 140]}}
     graph.pop("id", None)
     return graph
+
+
+def make_app(graph: Mapping[str, Any]) -> None:
+    """Say what App mode shows of a workflow; nothing where no result is saved, as in a training.
+
+    Every template opens as a graph; the editor's switch shows it as an app.
+    """
+    titled = {node["title"]: node for node in graph["nodes"]}
+    results = [str(node["id"]) for title, node in titled.items() if title.startswith(_APP_RESULTS)]
+    if not results:
+        return
+    inputs = []
+    for title, name, label in _APP_INPUTS:
+        for slot in titled[title]["inputs"] if title in titled else ():
+            if slot["name"] == name:
+                slot["label"] = label
+                inputs.append([str(titled[title]["id"]), name])
+    graph["extra"] |= {"linearMode": False, "linearData": {"inputs": inputs, "outputs": results}}
 
 
 def _arrange(graph: dict[str, Any]) -> None:
@@ -364,6 +399,7 @@ def make(name: str, ui: browser.Ui, info: Mapping[str, Any]) -> dict[str, Any]:
         node["title"] = node.get("title") or api[str(node["id"])]["_meta"]["title"]
     _check(name, to_api(graph), api, info)
     name_the_same(graph, api)
+    make_app(graph)
     ui.load(graph)  # whether the editor reads what was taken off and put on as it is meant
     _check(name, ui.to_api(), api, info)
     return graph

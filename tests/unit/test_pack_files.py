@@ -84,6 +84,27 @@ def test_every_input_of_our_nodes_is_named(name):
     assert not lacking
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_app_mode_has_the_pictures_the_prompt_and_the_results(name):
+    graph = read_json(WORKFLOWS / f"{name}.json")
+    app = graph["extra"].get("linearData")
+    assert bool(app) != name.startswith("train_")
+    if app is None:
+        return
+    nodes = {str(node["id"]): node for node in graph["nodes"]}
+    labels = []
+    for number, input_ in app["inputs"]:
+        (slot,) = (slot for slot in nodes[number]["inputs"] if slot["name"] == input_)
+        assert "widget" in slot and slot["link"] is None
+        labels.append(slot["label"])
+    loaded = [n for n, node in nodes.items() if node["type"] in ("LoadImage", "LoadVideo")]
+    assert {*loaded} <= {number for number, _ in app["inputs"]}
+    assert "prompt" in labels and len(labels) == len(set(labels))
+    saved = {n for n, node in nodes.items() if node["type"] in ("SaveVideo", "SaveImage")}
+    assert saved and saved <= set(app["outputs"])
+    assert graph["extra"]["linearMode"] is False
+
+
 def _inputs(node: dict[str, Any]) -> set[str]:
     return set(node["inputs"]) - UNLINKED
 
