@@ -21,6 +21,9 @@ TINY = ("tiny_video_to_video", "stylecrafter_tiny_video", "two_methods_side_by_s
 SDXL = "sdxl_image_in_a_style"
 VIDEOCRAFTER = "stylecrafter_videocrafter"
 SDXL_SIDE = 64
+ONE_OBJECT = "style_on_one_object"
+# By workflow: stock nodes that older versions lack; they say so when it is opened or run.
+NEWER_NODES = {ONE_OBJECT: ("SAM3_TrackToMask", "SAM3_VideoTrack")}
 
 # By class of the node: the inputs that decide about size and time.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -36,6 +39,11 @@ _SMALL: dict[str, dict[str, Any]] = {
 
 def names() -> list[str]:
     return sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
+
+
+def lacking(name: str, info: Mapping[str, Any]) -> list[str]:
+    """Classes of a workflow that a version lacks, as is known of it."""
+    return [class_type for class_type in NEWER_NODES.get(name, ()) if class_type not in info]
 
 
 def sampling_names() -> list[str]:

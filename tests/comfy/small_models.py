@@ -133,7 +133,7 @@ def with_stub_loaders(workflow: Mapping[str, Any]) -> dict[str, Any]:
 
     So that a workflow made for real models runs as it is, all other nodes untouched.
     """
-    workflow = copy.deepcopy(dict(workflow))
+    workflow = _with_stub_tracker(copy.deepcopy(dict(workflow)))
     stubs = dict(_STUB_LOADERS)
     if any(node["class_type"] == "CheckpointLoaderSimple" for node in workflow.values()):
         stubs["CLIPVisionLoader"] = ("StubCLIPVisionLoader", {"width": SDXL_CLIP_WIDTH})
@@ -144,6 +144,19 @@ def with_stub_loaders(workflow: Mapping[str, Any]) -> dict[str, Any]:
         stub = stubs.get(node["class_type"])
         if stub is not None:
             node["class_type"], node["inputs"] = stub[0], dict(stub[1])
+    return workflow
+
+
+def _with_stub_tracker(workflow: dict[str, Any]) -> dict[str, Any]:
+    """SAM 3 has one size, and older versions lack it: a moving mask in its place."""
+    for key, node in list(workflow.items()):
+        if node["class_type"] == "SAM3_TrackToMask":
+            track = workflow.pop(node["inputs"]["track_data"][0])["inputs"]
+            words = workflow.pop(track["conditioning"][0])["inputs"]
+            assert words["clip"][0] == track["model"][0]
+            del workflow[track["model"][0]]
+            stub = {"class_type": "StubTrackedMask", "inputs": {"images": track["images"]}}
+            workflow[key] = node | stub
     return workflow
 
 

@@ -114,6 +114,24 @@ class StubCLIPVisionLoader:
         return (encoder,)
 
 
+class StubTrackedMask:
+    """In the place of SAM 3's tracker: the left third of the frames, one pixel more in each."""
+
+    CATEGORY = "stub"
+    FUNCTION = "track"
+    RETURN_TYPES = ("MASK",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"images": ("IMAGE",)}}
+
+    def track(self, images: torch.Tensor) -> tuple:
+        frames, height, width, _ = images.shape
+        edges = width // 3 + torch.arange(frames)
+        mask = torch.arange(width) < edges[:, None]
+        return (mask[:, None].expand(-1, height, -1).float(),)
+
+
 class StubVAELoader:
     """In the place of VAELoader: loads a Wan VAE of any base width, which 0.3.64 cannot."""
 
@@ -212,6 +230,7 @@ NODE_CLASS_MAPPINGS = {
         StubCheckpointLoader,
         StubTextEncoderLoader,
         StubCLIPVisionLoader,
+        StubTrackedMask,
         StubVAELoader,
         StubEnlargingVAELoader,
         StubCompare,

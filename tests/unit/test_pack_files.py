@@ -28,7 +28,7 @@ SAMPLING = shipped_workflows.sampling_names()
 DOCS = PACK / "web" / "docs"
 UNETS = {shipped_workflows.SDXL, shipped_workflows.VIDEOCRAFTER}
 UNLINKED = {"control_net"}  # a socket that may stay open
-CONTROLLED = {"video_to_video", "image_restyle", "long_video"}
+CONTROLLED = {"video_to_video", "image_restyle", "long_video", "style_on_one_object"}
 
 
 def read_json(path: Path) -> Any:
@@ -49,6 +49,7 @@ def test_there_is_one_of_each():
         "video_to_video",
         "image_restyle",
         "two_styles_with_mask",
+        "style_on_one_object",
         "style_blend",
         "saved_style",
         "motion_scale_sweep",
@@ -127,7 +128,12 @@ def test_the_queue_finds_what_it_sets(name):
     assert seed_targets(workflow)
     if name != "saved_style":
         assert find_role(workflow, "style").input == "image"
-    if name in ("video_to_video", "long_video", *shipped_workflows.TINY):
+    if name in (
+        "video_to_video",
+        "long_video",
+        shipped_workflows.ONE_OBJECT,
+        *shipped_workflows.TINY,
+    ):
         assert find_role(workflow, "video").input == "file"
 
 

@@ -204,6 +204,18 @@ def draw_thumbnails() -> None:
     save_jpg(s, "two_styles_with_mask")
     s.image.quantize(128).save(HERE / "regions.png", optimize=True)
 
+    s = sheet("Style on one object")
+    masked = np.full((192, 288, 3), 16, np.uint8)
+    masked[75:150, 112:164] = 255
+    styled = np.array(frame)
+    styled[75:150, 112:164] = styles["mosaic"][75:150, 112:164]
+    s.picture((100, 130), frame, (150, 100), "clip")
+    s.picture((100, 300), styles["mosaic"], (110, 110), "style picture")
+    s.picture((280, 215), masked, (150, 100), "found by its name")
+    s.arrow((365, 215), (392, 215))
+    s.picture((475, 215), styled, (150, 100), "the clip around it")
+    save_jpg(s, "style_on_one_object")
+
     s = sheet("Mix styles, keep the mixture")
     s.picture((110, 130), styles["woodcut"], (120, 120), "1.0")
     s.picture((110, 300), styles["neon"], (120, 120), "1.0")
