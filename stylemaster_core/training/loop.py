@@ -224,10 +224,13 @@ class _Loop:
             self.lock.release()
         # The wrapped model holds on to the process group: left to be freed after it, a process can
         # hang for ever in the end (seen with gloo).
+        from accelerate.state import AcceleratorState
+
         del self.model, self.optimizer
         self.accelerator.free_memory()
         gc.collect()
         self.accelerator.end_training()
+        AcceleratorState._reset_state()  # else the next run of this process has our precision
 
     def run(self, *, resume: bool) -> TrainResult:
         from tqdm import tqdm

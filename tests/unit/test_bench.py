@@ -12,7 +12,20 @@ from bench.generate import generation_seconds, generations, main
 from bench.workloads import PARTS, REFERENCE, Setting, building, count_flop, meta_rows
 
 ROOT = Path(__file__).parents[2]
-SMALLEST = ["--device", "cpu", "--frames", "1", "--size", "32x16", "--blocks", "1", "--repeat", "1"]
+SMALLEST = [
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--frames",
+    "1",
+    "--size",
+    "32x16",
+    "--blocks",
+    "1",
+    "--repeat",
+    "1",
+]
 
 
 def test_report(tmp_path, capsys):

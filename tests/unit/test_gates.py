@@ -193,7 +193,7 @@ def test_random_weights_fail_every_gate_of_quality(standin):
 
 
 def test_many_clips_at_once_are_what_stylize_gives(standin):
-    models = Models(tiny_files(standin), device="cpu", keep_loaded=True)
+    models = Models(tiny_files(standin), device="cpu", dtype="float32", keep_loaded=True)
     few = learned(2)
     small = [clip[:5, :48, :64] for clip in few.contents]
     tokens = style_tokens(models, few.references, few.captions)

@@ -523,6 +523,17 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     assert difference < 3e-6 * size
 
 
+def test_runs_of_one_process_have_precisions_of_their_own(tmp_path):
+    for precision in ("float32", "bfloat16", "float32"):
+        config = with_run(num_steps=1, precision=precision, validate_every=0)
+        result = train(
+            style_trainer(config),
+            WORLD.dataset(4),
+            tmp_path / f"{precision}{len(list(tmp_path.iterdir()))}",
+        )
+        assert result.finished
+
+
 # ---- optimiser ----
 
 
