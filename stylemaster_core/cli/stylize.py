@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     info = _probe_input(args, task)
     source = None if info is None else _source_size(args, info, fps)
     blank = None if source is None else stand_in(source)
-    config = _config(args, task, blank)
+    config = stylize_config(args, task, blank)
     check_config(config, blank)
     size = result_size(config, source)
     if args.stream and source is not None:
@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
         segment_frames=args.window if can_stream(args) else None,
     )
 
-    clip = _read_input(args, fps) or VideoClip(
+    clip = read_input(args, fps) or VideoClip(
         np.zeros((0, 0, 0, 3), np.uint8), fps or GENERATED_FPS
     )
 
@@ -296,7 +296,12 @@ def _source_size(
     return num_frames, info.height, info.width
 
 
-def _read_input(args: argparse.Namespace, fps: Fraction | None) -> VideoClip | None:
+def read_input(args: argparse.Namespace, fps: Fraction | None) -> VideoClip | None:
+    """The --video or --image; None without.
+
+    Raises:
+        LayoutError: if it cannot be read.
+    """
     from ..data.images import read_image
     from ..data.videos import VideoClip, read_video
 
@@ -315,7 +320,17 @@ def _read_input(args: argparse.Namespace, fps: Fraction | None) -> VideoClip | N
     return None
 
 
-def _config(args: argparse.Namespace, task: Any, frames: np.ndarray | None) -> StylizeConfig:
+def stylize_config(args: argparse.Namespace, task: Any, frames: np.ndarray | None) -> StylizeConfig:
+    """What the options mean for a task and its input.
+
+    Args:
+        args: parsed options of `stylize`.
+        task: what is generated.
+        frames: uint8 [T, H, W, 3] input; None without.
+
+    Raises:
+        ConfigError: for windows that cannot be.
+    """
     from ..pipelines.stylize import StylizeConfig
     from ..pipelines.tiny import tiny_settings
     from ..sampling.windows import WindowConfig

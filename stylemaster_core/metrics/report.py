@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..data.images import read_image
-from ..errors import ConfigError
+from ..errors import ConfigError, LayoutError
 from .colour import colour_signature, signature_distance
 from .content import fit_frames, luma_correlation, ssim
+from .intervals import mean_interval
 from .motion import frame_difference, warping_error
 from .perceptual import Lpips, art_fid, clip_text_score, csd_score, frechet_distance
-from .retrieval import EmbedPictures, embed_clip, p_own_nearer, retrieval_at_1
+from .retrieval import EmbedPictures, embed_clip, p_own_nearer, retrieved
 from .scene import METHODS, TRUE_FILTER, UNCHANGED, Row, Scene, read_scene
 from .texture import texture_signature
 
@@ -84,10 +85,11 @@ class Report:
     """Scores of every row, method and metric, and over all rows.
 
     Attributes:
-        rows: what was judged.
+        rows: what was judged; those that could not be read are left out.
         scores: for each row, by method and metric.
         summary: by method and metric: means over the rows that have a number, or numbers that only
             all rows together have.
+        intervals: by method and metric: 95 % intervals of the means, where there are two rows.
         num_measured: by method and metric, how many rows stand behind the summary.
         settings: seed and sizes.
     """
@@ -95,6 +97,7 @@ class Report:
     rows: list[Row]
     scores: list[dict[str, dict[str, Score]]]
     summary: dict[str, dict[str, Score]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
     num_measured: dict[str, dict[str, int]]
     settings: dict[str, Any]
 
@@ -106,7 +109,8 @@ def evaluate(
     max_frames: int | None = None,
     num_candidates: int = 32,
     seed: int = 0,
-    on_row: Callable[[int, Scene], None] | None = None,
+    on_row: Callable[[int, Row, Scene], None] | None = None,
+    on_problem: Callable[[str], None] | None = None,
 ) -> Report:
     """Measure results and baselines.
 
@@ -116,11 +120,15 @@ def evaluate(
         max_frames: how many frames of each clip to look at; None for all.
         num_candidates: among how many style pictures retrieval chooses.
         seed: of the choice of candidates.
-        on_row: called with a row's number and clips once it is measured.
+        on_row: called with a row's number among those of the report, the row, and its clips, once
+            it is measured.
+        on_problem: told of a video that cannot be read or is shorter than its result; its row, or
+            where it is one of the `others`, its column there, is left out. None raises.
 
     Raises:
         ConfigError: for no rows, a name that occurs twice, or a number out of range.
-        LayoutError: if a file cannot be read, or a content is shorter than its result.
+        LayoutError: if a file cannot be read, or a content is shorter than its result, and there is
+            no `on_problem`; or if no row is left; or for a damaged style picture.
     """
     names = [row.name for row in rows]
     if not rows or len(set(names)) < len(names):
@@ -130,9 +138,18 @@ def evaluate(
     networks = networks or Networks()
     references = _References(rows, networks)
     scores: list[dict[str, dict[str, Score]]] = []
-    gathered = {method: _Gathered() for method in METHODS}
+    measured: list[Row] = []
+    others = dict.fromkeys(method for row in rows for method in row.others)
+    gathered = {method: _Gathered() for method in (*METHODS, *others)}
     for number, row in enumerate(rows):
-        scene = read_scene(rows, number, references.image(row), max_frames)
+        try:
+            scene = read_scene(rows, number, references.image(row), max_frames, on_problem)
+        except LayoutError as error:
+            if on_problem is None:
+                raise
+            on_problem(f"{row.name}: {error}")
+            continue
+        measured.append(row)
         scores.append({})
         for method, clip in scene.clips.items():
             distances = references.distances(clip)
@@ -140,17 +157,25 @@ def evaluate(
             scores[-1][method] = {
                 "colour": float(distances[0, own]),
                 "gabor": float(distances[1, own]),
+                **_nearer(distances, own),
                 **_content_scores(scene, clip),
                 **_motion_scores(scene, clip),
                 **_network_scores(scene, clip, row.prompt, networks),
             }
             gathered[method].add(clip, scene.style_image, distances, own, networks)
         if on_row is not None:
-            on_row(number, scene)
-    summary, num_measured = _summary(scores, gathered, references, networks, num_candidates, seed)
+            on_row(len(measured) - 1, row, scene)
+    if not measured:
+        raise LayoutError(f"none of {len(rows)} rows could be measured; each was named with why")
+    for method, kept in gathered.items():
+        found = _retrieval(kept, references, networks, num_candidates, seed)
+        of_method = (row[method] for row in scores if method in row)
+        for row_scores, score in zip(of_method, found, strict=True):
+            row_scores["retrieval"] = score
+    summary, intervals, num_measured = _summary(scores, gathered, networks, seed)
     settings = {"seed": seed, "num_candidates": num_candidates, "max_frames": max_frames}
     settings["num_style_pictures"] = len(references)
-    return Report(list(rows), scores, summary, num_measured, settings)
+    return Report(measured, scores, summary, intervals, num_measured, settings)
 
 
 class _References:
@@ -278,16 +303,19 @@ def _network_scores(
 def _summary(
     scores: list[dict[str, dict[str, Score]]],
     gathered: dict[str, _Gathered],
-    references: _References,
     networks: Networks,
-    num_candidates: int,
     seed: int,
-) -> tuple[dict[str, dict[str, Score]], dict[str, dict[str, int]]]:
+) -> tuple[
+    dict[str, dict[str, Score]],
+    dict[str, dict[str, tuple[float, float]]],
+    dict[str, dict[str, int]],
+]:
     summary: dict[str, dict[str, Score]] = {}
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for method, kept in gathered.items():
         rows = [row[method] for row in scores if method in row]
-        summary[method], counts[method] = {}, {}
+        summary[method], intervals[method], counts[method] = {}, {}, {}
         for metric in METRICS:
             values = [row[metric] for row in rows if metric in row]
             numbers = [value for value in values if not isinstance(value, Missing)]
@@ -296,40 +324,46 @@ def _summary(
                 summary[method][metric] = Missing(f"no row has a clip for {method}")
             elif numbers:
                 summary[method][metric] = float(np.mean(numbers))
+                if (interval := mean_interval(numbers, seed=seed)) is not None:
+                    intervals[method][metric] = interval
             elif values:
                 summary[method][metric] = values[0]
         if rows:
-            together = _together(kept, references, networks, num_candidates, seed)
-            together["art_fid"] = _art_fid(kept, summary[method]["lpips"], networks)
-            summary[method] |= together
-            counts[method] |= {
-                name: 0 if isinstance(score, Missing) else len(rows)
-                for name, score in together.items()
-            }
-    return summary, counts
+            score = _art_fid(kept, summary[method]["lpips"], networks)
+            summary[method]["art_fid"] = score
+            counts[method]["art_fid"] = 0 if isinstance(score, Missing) else len(rows)
+    return summary, intervals, counts
 
 
-def _together(
-    kept: _Gathered, references: _References, networks: Networks, num_candidates: int, seed: int
-) -> dict[str, Score]:
-    names = ("colour_p", "gabor_p", "retrieval")
-    if len(references) < 2:
-        return dict.fromkeys(names, Missing("all rows have the same style picture"))
-    distances = np.stack(kept.distances, axis=1)
-    result: dict[str, Score] = {
-        "colour_p": p_own_nearer(distances[0], kept.own),
-        "gabor_p": p_own_nearer(distances[1], kept.own),
-        "retrieval": networks.lacking("retrieval"),
+SAME_STYLE = Missing("all rows have the same style picture")
+
+
+def _nearer(distances: np.ndarray, own: int) -> dict[str, Score]:
+    """Of one clip; all clips have as many others, so that the mean is that of all pairs."""
+    if distances.shape[1] < 2:
+        return dict.fromkeys(("colour_p", "gabor_p"), SAME_STYLE)
+    return {
+        name: p_own_nearer(distances[i][None], [own])
+        for i, name in enumerate(("colour_p", "gabor_p"))
     }
-    if references.embeddings is not None:
-        result["retrieval"] = retrieval_at_1(
-            torch.stack(kept.embeddings),
-            references.embeddings,
-            kept.own,
-            num_candidates=num_candidates,
-            seed=seed,
-        )
-    return result
+
+
+def _retrieval(
+    kept: _Gathered, references: _References, networks: Networks, num_candidates: int, seed: int
+) -> list[Score]:
+    """Of each clip of a method, 1 where its own style picture was found."""
+    if len(references) < 2:
+        return [SAME_STYLE] * len(kept.own)
+    if references.embeddings is None or not kept.own:
+        return [networks.lacking("retrieval")] * len(kept.own)
+    found = retrieved(
+        torch.stack(kept.embeddings),
+        references.embeddings,
+        kept.own,
+        num_candidates=num_candidates,
+        seed=seed,
+    )
+    return [float(right) for right in found]
 
 
 def _art_fid(kept: _Gathered, lpips: Score, networks: Networks) -> Score:

@@ -48,7 +48,25 @@ def retrieval_at_1(
     num_candidates: int = 32,
     seed: int = 0,
 ) -> float:
-    """Share of clips whose nearest reference (cosine) is their own.
+    """Share of clips whose nearest reference (cosine) is their own; as `retrieved` finds them.
+
+    Returns:
+        0 to 1; chance is 1 / candidates.
+    """
+    return float(
+        np.mean(retrieved(clips, references, own, num_candidates=num_candidates, seed=seed))
+    )
+
+
+def retrieved(
+    clips: Tensor,
+    references: Tensor,
+    own: Sequence[int],
+    *,
+    num_candidates: int = 32,
+    seed: int = 0,
+) -> list[bool]:
+    """Whether the nearest reference (cosine) of each clip is its own.
 
     Args:
         clips: [clips, D] from `embed_clip`.
@@ -59,7 +77,7 @@ def retrieval_at_1(
         seed: of that draw.
 
     Returns:
-        0 to 1; chance is 1 / candidates. Equally near references count as not found.
+        one for each clip. Equally near references count as not found.
 
     Raises:
         ConfigError: for fewer than two references or candidates, or numbers that do not fit.
@@ -75,7 +93,7 @@ def retrieval_at_1(
         if len(others) > num_candidates - 1:
             others = generator.choice(others, num_candidates - 1, replace=False)
         found.append(bool(row[mine] > row[torch.from_numpy(others)].max()))
-    return float(np.mean(found))
+    return found
 
 
 def _check(num_references: int, num_clips: int, own: Sequence[int]) -> None:

@@ -111,6 +111,7 @@ def test_report_has_a_picture_of_every_row(data, tmp_path, capsys):
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.split("## Rows")[0] in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "report.html",
         "report.json",
         "report.md",
         *(f"row_000{i}.png" for i in range(3)),
@@ -260,9 +261,10 @@ def test_one_row_says_what_it_cannot_tell(data):
     report = evaluate([row], max_frames=1)
     for metric in ("colour_p", "gabor_p", "luma_shuffled", "difference", "warping"):
         assert isinstance(report.summary["result"][metric], Missing)
-    text = to_markdown(report, ["x.png"])
+    content = to_json(report, ["x.png"])
+    text = to_markdown(content)
     assert "one frame has no motion" in text and "one \\| &lt;b>" in text
-    json.dumps(to_json(report, ["x.png"]), allow_nan=False)
+    json.dumps(content, allow_nan=False)
     assert set(report.summary["result"]) == set(METRICS)
 
 
