@@ -19,7 +19,7 @@ from stylemaster_core.metrics.styletransfer_lite import StyleTransferLite as Tea
 from stylemaster_core.writing import written_beside
 
 from .limit import TimeLimit
-from .pictures import load_or_read_paintings, read_photos, resized, save, square
+from .pictures import load_or_read_paintings, read_photos, save, square
 
 CANVAS_PX = 256
 SHARD_PAIRS = 100
