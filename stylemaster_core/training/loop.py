@@ -528,9 +528,10 @@ class _Loop:
     def _open_files(self, start: int) -> None:
         if not self.is_main:
             return
-        forget_after(self.out, start)
+        # First, as who sees numbers looks here for how many there will be.
         config = json.dumps(config_to_dict(self.config), indent=2)
         write_text(self.out / "config.json", config + "\n", overwrite=True)
+        forget_after(self.out, start)
         self.stats = Stats(self.out, tensorboard=self.config.run.tensorboard, start=start)
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:

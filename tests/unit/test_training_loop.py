@@ -18,6 +18,7 @@ from stylemaster_core.data.videos import read_video
 from stylemaster_core.errors import ConfigError, LayoutError, StyleMasterError, WeightsError
 from stylemaster_core.models.small import draw_weights
 from stylemaster_core.training import checkpoint as checkpoints
+from stylemaster_core.training import loop
 from stylemaster_core.training.checks import disk_bytes
 from stylemaster_core.training.config import (
     FlowConfig,
@@ -521,6 +522,19 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
         for tensors in ({k: ours[k] - theirs[k] for k in theirs}, theirs)
     )
     assert difference < 3e-6 * size
+
+
+def test_who_sees_the_numbers_of_a_run_can_read_its_config(tmp_path, monkeypatch):
+    """The training nodes watch the numbers, and then ask the config for the number of steps."""
+    seen, forget = [], loop.forget_after
+
+    def watched(folder, step):
+        seen.append((folder / "config.json").is_file())
+        forget(folder, step)
+
+    monkeypatch.setattr(loop, "forget_after", watched)
+    train(style_trainer(with_run(num_steps=1)), WORLD.dataset(4), tmp_path)
+    assert seen == [True]
 
 
 def test_runs_of_one_process_have_precisions_of_their_own(tmp_path):
