@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..pipelines.stylize import StylizeConfig
 
 AUTO, NONE = "auto", "none"
+_DTYPE = "the number type"  # of a job
 # Options that say how and where something is written or read, and nothing of what the frames are.
 _NOT_OF_THE_JOB = (
     *("run", "command", "verbose", "stop_with_stdin", "output", "overwrite", "json", "resume"),
@@ -120,7 +121,7 @@ def run_film(
         source: (frames, height, width) of the film, as its file announces.
         fps: to which it is resampled; None as it is.
     """
-    from ..data.segment_files import check_leftovers, open_segments
+    from ..data.segment_files import check_leftovers, open_segments, stopped_job
     from ..data.videos import VideoFrames
     from ..pipelines.film import plan_segments
     from ..pipelines.stylize import needed_files, result_size
@@ -131,6 +132,8 @@ def run_film(
     started = time.perf_counter()
     if not check_leftovers(args.output, resume=args.resume):
         check_place(args.output, overwrite=args.overwrite)
+    if args.dtype == AUTO:  # on some CPUs this is measured, and may come out otherwise now
+        args.dtype = stopped_job(args.output).get(_DTYPE, AUTO).removeprefix("torch.")
     _check_room(args, config, source)
     film = VideoFrames(
         args.video, start_frame=args.start_frame, max_frames=args.max_frames, fps=fps
@@ -366,7 +369,7 @@ def run_identity(args: argparse.Namespace, models: Models) -> dict[str, Any]:
         for name, path in vars(models.files).items()
         if path is not None
     }
-    numbers = {"the device": models.device.type, "the number type": str(models.dtype)}
+    numbers = {"the device": models.device.type, _DTYPE: str(models.dtype)}
     return options | models_used | numbers
 
 

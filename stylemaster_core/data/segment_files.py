@@ -167,6 +167,11 @@ def check_leftovers(output: Path, *, resume: bool) -> bool:
     return bool(left)
 
 
+def stopped_job(output: Path) -> dict[str, Any]:
+    """The job of the stopped run of a result, as JSON; empty without one that can be read."""
+    return next((_read_job(folder) for folder in _folders(output)), {})
+
+
 def open_segments(output: Path, job: Mapping[str, Any], lengths: Sequence[int]) -> SegmentFiles:
     """Open the folder of a job beside its result; make it if there is none.
 
@@ -228,12 +233,17 @@ def _count(folder: Path) -> int:
     return sum(1 for _ in folder.glob("[0-9]*.mkv"))
 
 
-def _differences(folder: Path, job: Mapping[str, Any]) -> str:
+def _read_job(folder: Path) -> dict[str, Any]:
     try:
-        other = json.loads((folder / _JOB).read_text(encoding="utf-8"))
+        job = json.loads((folder / _JOB).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    if not isinstance(other, dict):
+        return {}
+    return job if isinstance(job, dict) else {}
+
+
+def _differences(folder: Path, job: Mapping[str, Any]) -> str:
+    other = _read_job(folder)
+    if not other:
         return ""
     names = sorted({*other, *job} - {k for k in job if k in other and other[k] == job[k]})
     return f" (they differ in: {', '.join(names)})" if names else ""

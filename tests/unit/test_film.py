@@ -24,6 +24,7 @@ from stylemaster_core.errors import LayoutError
 from stylemaster_core.models.small import write_small_models
 from stylemaster_core.pipelines import estimate
 from stylemaster_core.pipelines import film as film_module
+from stylemaster_core.pipelines import models as models_module
 from stylemaster_core.pipelines.film import (
     cut_segments,
     plan_segments,
@@ -386,6 +387,28 @@ def test_what_a_stopped_run_finished_is_gone_on_from_or_refused(
     assert run("stylize", output, *words, "--resume", "--quality", 90) == 0
     assert list(tmp_path.iterdir()) == [output]
     assert np.array_equal(read_video(output).frames, read_video(restyled).frames)
+
+
+def test_a_stopped_run_goes_on_in_the_type_it_chose(inputs, files, tmp_path, monkeypatch, capsys):
+    """On some CPUs `--dtype auto` measures, and may find another type the next time."""
+    output, words = tmp_path / "out.mp4", stylize_words(inputs, files)
+    add, chosen, inner = segment_files.SegmentFiles.add, [], models_module.choose_dtype
+
+    def choose(dtype, device):
+        found = [torch.bfloat16, torch.float32][min(len(chosen), 1)]
+        chosen.append(found if dtype == "auto" else inner(dtype, device))
+        return chosen[-1]
+
+    def stop(self, frames, lead):
+        if self.done == 1 and len(chosen) == 1:
+            raise KeyboardInterrupt
+        add(self, frames, lead)
+
+    monkeypatch.setattr(models_module, "choose_dtype", choose)
+    monkeypatch.setattr(segment_files.SegmentFiles, "add", stop)
+    assert run("stylize", output, *words) == 130
+    assert run("stylize", output, *words, "--resume") == 0, capsys.readouterr().err
+    assert chosen == [torch.bfloat16] * 2
 
 
 def run_in(folder, words):
