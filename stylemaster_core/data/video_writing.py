@@ -308,6 +308,9 @@ def _video_stream(output: OutputContainer, shape: tuple[int, ...], plan: _Plan) 
         # A bit rate of 0 makes VP9 obey the crf.
         stream.bit_rate = 0
         stream.options = {"crf": str(plan.crf)}
+    if encoder.name == "libx264" and _has_avx512():
+        # Its AVX-512 code makes other bytes of the same frames from time to time.
+        stream.options["x264-params"] = "asm=avx2"
     context = stream.codec_context
     context.time_base = plan.clock.time_base
     if plan.pixel_aspect != 1:
@@ -322,6 +325,12 @@ def _video_stream(output: OutputContainer, shape: tuple[int, ...], plan: _Plan) 
     if "timecode" in plan.tags:
         stream.metadata["timecode"] = plan.tags["timecode"]
     return stream
+
+
+def _has_avx512() -> bool:
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _video_frame(pixels: np.ndarray, pix_fmt: str) -> av.VideoFrame:
