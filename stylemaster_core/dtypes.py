@@ -24,6 +24,9 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 MIN_SPEEDUP = 1.2  # of bfloat16 on a CPU; for less, its rounding is not worth it
 _FLAGS = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
 _REPEATS, _BUDGET_S = 5, 0.01  # of each operation in each type
+# Other processes slow one of the two down: what is close to the bound is measured again, so that
+# the next run takes the same type.
+_CLOSE, _MEASUREMENTS = 0.5, 5
 
 
 class DtypeChoice(NamedTuple):
@@ -100,7 +103,7 @@ def cpu_speedup(dtype: torch.dtype) -> float:
     """How much faster than in float32 this CPU computes in another type, measured once a process.
 
     A convolution and a linear layer, best of 5; the one that gains less counts. Below 1: slower.
-    It takes 10 to 50 ms.
+    It takes 10 to 50 ms, and up to five times that where other processes disturb it.
     """
     import torch
     import torch.nn.functional as F
@@ -117,7 +120,15 @@ def cpu_speedup(dtype: torch.dtype) -> float:
             a, b = tokens.to(dtype), matrix.to(dtype)
             return _best_s(lambda: F.linear(a, b))
 
-        return min(time_in(torch.float32) / time_in(dtype) for time_in in (convolution, linear))
+        measured = 0.0
+        for _ in range(_MEASUREMENTS):
+            found = min(
+                time_in(torch.float32) / time_in(dtype) for time_in in (convolution, linear)
+            )
+            measured = max(measured, found)
+            if not _CLOSE < measured < MIN_SPEEDUP:
+                break
+        return measured
 
 
 def _best_s(operation: Callable[[], object]) -> float:

@@ -333,7 +333,8 @@ def inputs(tmp_path_factory, pictures):
 
 def stylize_words(inputs, files, *words):
     film = ("--video", inputs / "film.mp4", "--shots", inputs / "shots.csv")
-    return (*film, "--style", inputs / "neon.png", *QUICK, *arguments(files), *words)
+    same = ("--dtype", "float32")  # auto is measured, in each process anew
+    return (*film, "--style", inputs / "neon.png", *QUICK, *same, *arguments(files), *words)
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +392,7 @@ def test_what_a_stopped_run_finished_is_gone_on_from_or_refused(
 
 def test_a_stopped_run_goes_on_in_the_type_it_chose(inputs, files, tmp_path, monkeypatch, capsys):
     """On some CPUs `--dtype auto` measures, and may find another type the next time."""
-    output, words = tmp_path / "out.mp4", stylize_words(inputs, files)
+    output, words = tmp_path / "out.mp4", stylize_words(inputs, files, "--dtype", "auto")
     add, chosen, inner = segment_files.SegmentFiles.add, [], models_module.choose_dtype
 
     def choose(dtype, device):
